@@ -1,2 +1,32 @@
-//! See the crate's README section in docs/.
-fn main() {}
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Measures page-table sharing from inside a virtual machine.
+//!
+//! `guest-bench share PART [--ask]` prints the figures of one part, `guest-bench pgdemo …` drives PostgreSQL.
+//! Standard output carries one JSON object a line, standard error says what goes on; any failure ends the
+//! program with status 1, so that a figure is either measured or absent.
+
+mod figure;
+mod pgdemo;
+mod proc;
+mod share;
+mod sys;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let done = match args.split_first() {
+        Some((verb, rest)) if verb == "share" => share::run(rest),
+        Some((verb, rest)) if verb == "pgdemo" => pgdemo::run(rest),
+        _ => Err(anyhow::anyhow!(
+            "usage: guest-bench share PART [--ask] | pgdemo OPTIONS"
+        )),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("guest-bench: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
