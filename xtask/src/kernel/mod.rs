@@ -1,0 +1,208 @@
+//! `./x kernel`: the three kernels, each built from the same source and
+//! configuration and kept in the cache under a key of all that went into it.
+//!
+//! ```text
+//! CACHE/kernel/6.12.117-1_deb12u1/   one directory per version of Debian's source
+//!     lock                           held by whoever prepares or builds
+//!     pristine/                      the source as packaged; what `stock` is built from
+//!     patched/                       with series and overlay; `release` and `debug`
+//!     out-FLAVOR/                    make's O= directory, kept for incremental builds
+//!     images/FLAVOR-KEY/             bzImage, config: finished, never changed again
+//!     build-FLAVOR.log               the last build's whole output
+//! ```
+
+mod build;
+mod config;
+mod source;
+
+use crate::{paths, tools::Toolchain};
+use anyhow::{bail, Context, Result};
+use clap::{Subcommand, ValueEnum};
+use sha2::{Digest, Sha256};
+use source::Source;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Which kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, ValueEnum)]
+pub enum Flavor {
+    /// With the series, configured as users would run it
+    Release,
+    /// With the series and the kernel's own checkers
+    Debug,
+    /// `release` without the series
+    Stock,
+}
+
+impl Flavor {
+    /// All of them, cheapest source tree first.
+    pub const ALL: [Flavor; 3] = [Flavor::Stock, Flavor::Release, Flavor::Debug];
+
+    /// The name on the command line and in the cache.
+    pub fn name(self) -> &'static str {
+        match self {
+            Flavor::Release => "release",
+            Flavor::Debug => "debug",
+            Flavor::Stock => "stock",
+        }
+    }
+
+    /// Whether the series and the overlay are in it.
+    pub fn patched(self) -> bool {
+        self != Flavor::Stock
+    }
+
+    /// The fragments in `kernel/configs` that make its configuration.
+    fn fragments(self) -> &'static [&'static str] {
+        match self {
+            Flavor::Release => &["base.config", "ptshare.config"],
+            Flavor::Debug => &["base.config", "ptshare.config", "debug.config"],
+            Flavor::Stock => &["base.config", "stock.config"],
+        }
+    }
+}
+
+/// A finished kernel in the cache.
+#[derive(Clone, Debug)]
+pub struct Image {
+    dir: PathBuf,
+}
+
+impl Image {
+    /// The compressed kernel, for QEMU's `-kernel`.
+    pub fn bz_image(&self) -> PathBuf {
+        self.dir.join("bzImage")
+    }
+
+    /// Its complete configuration.
+    pub fn config(&self) -> PathBuf {
+        self.dir.join("config")
+    }
+
+    fn complete(&self) -> bool {
+        // Images appear by rename, so the directory's presence means whole.
+        self.bz_image().exists()
+    }
+}
+
+/// Subcommands of `./x kernel`.
+#[derive(Subcommand)]
+pub enum Command {
+    /// Build a kernel, or all three; nothing when nothing changed
+    Build {
+        /// Only this one
+        #[arg(long)]
+        flavor: Option<Flavor>,
+    },
+    /// Print the path of the bzImage of the current inputs; builds nothing
+    Path {
+        /// Which kernel
+        #[arg(long)]
+        flavor: Flavor,
+    },
+    /// Print the path of the complete configuration; builds nothing
+    Config {
+        /// Which kernel
+        #[arg(long)]
+        flavor: Flavor,
+    },
+    /// Bring the prepared source tree up to date and print its path
+    Source {
+        /// Which kernel's tree
+        #[arg(long)]
+        flavor: Flavor,
+    },
+}
+
+/// Runs a subcommand.
+pub fn command(command: Command) -> Result<()> {
+    match command {
+        Command::Build { flavor } => {
+            let flavors = flavor.map_or(Flavor::ALL.to_vec(), |f| vec![f]);
+            for flavor in flavors {
+                let image = ensure(flavor)?;
+                println!("{}", image.bz_image().display());
+            }
+        }
+        Command::Path { flavor } => println!("{}", path(flavor)?.bz_image().display()),
+        Command::Config { flavor } => println!("{}", path(flavor)?.config().display()),
+        Command::Source { flavor } => println!("{}", source_tree(flavor)?.display()),
+    }
+    Ok(())
+}
+
+/// Builds the kernel of `flavor` unless the cache has it, and returns it.
+pub fn ensure(flavor: Flavor) -> Result<Image> {
+    let source = Source::find()?;
+    let tools = Toolchain::find()?;
+    let image = image(flavor, &source, &tools)?;
+    if image.complete() {
+        return Ok(image);
+    }
+    source.announce();
+    let _lock = paths::lock(&source.dir.join("lock"), "the kernel's build directory")?;
+    if image.complete() {
+        return Ok(image);
+    }
+    let tree = source.prepare(flavor.patched())?;
+    build::build(flavor, &source, &tree, &tools, &image.dir)?;
+    Ok(image)
+}
+
+/// The kernel of `flavor` if it was built from the current inputs.
+pub fn path(flavor: Flavor) -> Result<Image> {
+    let image = image(flavor, &Source::find()?, &Toolchain::find()?)?;
+    if !image.complete() {
+        bail!(
+            "the {0} kernel is not built: ./x kernel build --flavor {0}",
+            flavor.name()
+        );
+    }
+    Ok(image)
+}
+
+/// Prepares the source tree of `flavor` and returns its path.
+pub fn source_tree(flavor: Flavor) -> Result<PathBuf> {
+    let source = Source::find()?;
+    let _lock = paths::lock(&source.dir.join("lock"), "the kernel's build directory")?;
+    source.prepare(flavor.patched())
+}
+
+fn image(flavor: Flavor, source: &Source, tools: &Toolchain) -> Result<Image> {
+    let mut key = Sha256::new();
+    let mut add = |name: &str, content: &[u8]| {
+        key.update((name.len() as u64).to_le_bytes());
+        key.update(name);
+        key.update((content.len() as u64).to_le_bytes());
+        key.update(content);
+    };
+    add("flavor", flavor.name().as_bytes());
+    add("source", source.version.as_bytes());
+    add("tools", tools.versions()?.as_bytes());
+    for name in flavor.fragments() {
+        add(name, config::fragment(name)?.as_bytes());
+    }
+    if flavor.patched() {
+        for (name, path) in source::series()? {
+            add(&name, &read(&path)?);
+        }
+        for (name, path) in source::overlay()? {
+            add(&name.to_string_lossy(), &read(&path)?);
+        }
+    }
+    let key: String = key.finalize()[..8]
+        .iter()
+        .map(|b| format!("{b:02x}"))
+        .collect();
+    Ok(Image {
+        dir: source
+            .dir
+            .join("images")
+            .join(format!("{}-{key}", flavor.name())),
+    })
+}
+
+/// Reads a file, naming it when that fails.
+fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).with_context(|| format!("reading {}", path.display()))
+}

@@ -1,0 +1,607 @@
+//! The VM: QEMU around one of the kernels, this machine's files as its root,
+//! one command in it, and a verdict that fails closed.
+//!
+//! ```no_run
+//! let outcome = Vm::new(Flavor::Release)
+//!     .mem("4G").smp(2).append("vm.ptshare=2")
+//!     .timeout(Duration::from_secs(60))
+//!     .run(&["cat", "/proc/vmstat"])?
+//!     .expect_success()?;
+//! ```
+//!
+//! A run is good only when a result record came, the console log holds PID 1's
+//! marks of begin and end, and no line of it is a complaint of the kernel.
+//! Anything else, silence included, is a failure.
+//!
+//! QEMU dies with the thread that called [`Vm::run`].
+
+use crate::kernel::{self, Flavor};
+use crate::splat::{Matcher, Splat};
+use crate::{guest, paths};
+use anyhow::{bail, ensure, Context, Result};
+use nix::sys::stat::Mode;
+use serde::{Deserialize, Serialize};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+/// Exit status when the kernel complained.
+pub const EXIT_SPLAT: u8 = 70;
+/// Exit status when the VM ended without a result record.
+pub const EXIT_NO_RESULT: u8 = 71;
+/// Exit status when the console log lacks PID 1's marks.
+pub const EXIT_NO_CONSOLE: u8 = 72;
+/// Exit status when time ran out.
+pub const EXIT_TIMEOUT: u8 = 124;
+/// Exit status when the lab itself failed.
+pub const EXIT_LAB: u8 = 125;
+
+/// How many runs' logs the cache keeps.
+const KEEP_RUNS: usize = 40;
+
+/// A VM to be.
+pub struct Vm {
+    flavor: Flavor,
+    mem: String,
+    smp: u32,
+    icount: bool,
+    accel: String,
+    append: Vec<String>,
+    drives: Vec<PathBuf>,
+    shares: Vec<(PathBuf, String)>,
+    env: Vec<(String, String)>,
+    cwd: Option<PathBuf>,
+    timeout: Duration,
+    forward: bool,
+}
+
+impl Vm {
+    /// A VM of 4 GB and two CPUs with the kernel of `flavor`.
+    pub fn new(flavor: Flavor) -> Self {
+        Self {
+            flavor,
+            mem: "4G".into(),
+            smp: 2,
+            icount: false,
+            accel: "tcg".into(),
+            append: Vec::new(),
+            drives: Vec::new(),
+            shares: Vec::new(),
+            env: Vec::new(),
+            cwd: None,
+            timeout: Duration::from_secs(900),
+            forward: false,
+        }
+    }
+
+    /// Memory, as QEMU's `-m` takes it.
+    pub fn mem(mut self, mem: &str) -> Self {
+        self.mem = mem.into();
+        self
+    }
+
+    /// Number of CPUs.
+    pub fn smp(mut self, smp: u32) -> Self {
+        self.smp = smp;
+        self
+    }
+
+    /// One CPU whose clock is the number of instructions executed, one to the
+    /// nanosecond.
+    pub fn icount(mut self, icount: bool) -> Self {
+        self.icount = icount;
+        self
+    }
+
+    /// QEMU's accelerator.
+    pub fn accel(mut self, accel: &str) -> Self {
+        self.accel = accel.into();
+        self
+    }
+
+    /// Adds to the kernel's command line.
+    pub fn append(mut self, words: &str) -> Self {
+        self.append
+            .extend(words.split_whitespace().map(str::to_owned));
+        self
+    }
+
+    /// Adds a disk, /dev/vda first. The image is written to.
+    pub fn drive(mut self, image: impl AsRef<Path>) -> Self {
+        self.drives.push(image.as_ref().to_owned());
+        self
+    }
+
+    /// Lets the guest write into a directory: `/run/share/TAG` there.
+    pub fn share(mut self, dir: impl AsRef<Path>, tag: &str) -> Self {
+        self.shares.push((dir.as_ref().to_owned(), tag.to_owned()));
+        self
+    }
+
+    /// Sets a variable of the command's environment.
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.env.push((name.into(), value.into()));
+        self
+    }
+
+    /// Runs the command there instead of in the current directory.
+    pub fn cwd(mut self, dir: impl AsRef<Path>) -> Self {
+        self.cwd = Some(dir.as_ref().to_owned());
+        self
+    }
+
+    /// Kills the VM after so long.
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
+    /// Copies the command's output to this program's as it comes.
+    pub fn forward(mut self, forward: bool) -> Self {
+        self.forward = forward;
+        self
+    }
+
+    /// Runs the command to its end, building the kernel first when there is
+    /// none. An error means that there was no run; a run that failed is an
+    /// [`Outcome`].
+    pub fn run<S: AsRef<str>>(&self, command: &[S]) -> Result<Outcome> {
+        let matcher = Matcher::new()?;
+        let kernel = kernel::ensure(self.flavor)?;
+        let init = guest::binary("guest-init")?;
+        let run = RunDir::new()?;
+        let nonce = run
+            .dir
+            .file_name()
+            .map(|n| n.to_string_lossy().into_owned())
+            .unwrap_or_default();
+        let spec = self.spec(command, &nonce)?;
+        fs::write(run.file("initramfs"), initramfs(&init, &spec)?)?;
+
+        let start = Instant::now();
+        let stdout = Capture::start(run.file("stdout"), self.forward.then(io::stdout))?;
+        let stderr = Capture::start(run.file("stderr"), self.forward.then(io::stderr))?;
+        let result = Capture::start(run.file("result"), None::<io::Sink>)?;
+        let mut qemu = self.qemu(&run, &kernel.bz_image())?;
+        let mut child = Guard(
+            qemu.spawn()
+                .context("running qemu-system-x86_64 (package qemu-system-x86)")?,
+        );
+        let ended = child.wait_until(start + self.timeout)?;
+        // QEMU is gone, so every writer of the fifos is.
+        let (stdout, stderr, result) = (stdout.finish()?, stderr.finish()?, result.finish()?);
+        let elapsed = start.elapsed();
+        let _ = fs::remove_file(run.file("initramfs"));
+
+        let qemu_log = fs::read_to_string(run.file("qemu.log")).unwrap_or_default();
+        let console = fs::read(run.file("console.log")).unwrap_or_default();
+        let console = String::from_utf8_lossy(&console);
+        if ended.is_some_and(|s| !s.success()) && console.is_empty() {
+            bail!("QEMU did not start:\n{}", qemu_log.trim());
+        }
+        let mark = |what: &str| console.contains(&format!("ptshare-lab: {what} {nonce}"));
+        Ok(Outcome {
+            flavor: self.flavor,
+            timed_out: ended.is_none(),
+            record: serde_json::from_slice(&result).ok(),
+            console_captured: mark("begin") && mark("end"),
+            splats: matcher.find(&console),
+            stdout,
+            stderr,
+            console_log: run.file("console.log"),
+            elapsed,
+        })
+    }
+
+    fn spec<S: AsRef<str>>(&self, command: &[S], nonce: &str) -> Result<Spec> {
+        let cwd = match &self.cwd {
+            Some(dir) => dir.clone(),
+            None => std::env::current_dir()?,
+        };
+        let mut env = vec![
+            (
+                "PATH",
+                "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            ),
+            ("HOME", "/root"),
+            ("LANG", "C.UTF-8"),
+            ("TERM", "dumb"),
+            ("USER", "root"),
+        ]
+        .into_iter()
+        .map(|(k, v)| (k.to_owned(), v.to_owned()))
+        .collect::<Vec<_>>();
+        env.extend(self.env.iter().cloned());
+        Ok(Spec {
+            command: command.iter().map(|w| w.as_ref().to_owned()).collect(),
+            cwd: cwd
+                .into_os_string()
+                .into_string()
+                .ok()
+                .context("the current directory's name is not UTF-8")?,
+            env,
+            shares: self.shares.iter().map(|(_, tag)| tag.clone()).collect(),
+            nonce: nonce.to_owned(),
+        })
+    }
+
+    fn command_line(&self) -> String {
+        let mut line = String::from(
+            "console=ttyS0 ignore_loglevel printk.devkmsg=on panic=-1 rdinit=/init \
+             tsc=reliable nokaslr random.trust_cpu=on",
+        );
+        if self.icount {
+            // One instruction is one nanosecond: nothing to calibrate.
+            line.push_str(" tsc_early_khz=1000000 lpj=4000000 no_timer_check");
+        }
+        if self.flavor == Flavor::Debug {
+            // Emulation is slow: 60 s without scheduling is what 20 s are on
+            // a machine.
+            line.push_str(" page_poison=1 watchdog_thresh=30");
+        }
+        for word in &self.append {
+            line.push(' ');
+            line.push_str(word);
+        }
+        line
+    }
+
+    fn qemu(&self, run: &RunDir, kernel: &Path) -> Result<Command> {
+        let mut qemu = Command::new("qemu-system-x86_64");
+        qemu.args(["-nodefaults", "-no-user-config", "-display", "none"])
+            .args(["-machine", "q35,vmport=off", "-no-reboot"])
+            .args(["-m", &self.mem])
+            .arg("-kernel")
+            .arg(kernel)
+            .arg("-initrd")
+            .arg(run.file("initramfs"))
+            .args(["-append", &self.command_line()]);
+        if self.icount {
+            ensure!(self.accel == "tcg", "the instruction clock needs --accel tcg");
+            qemu.args(["-accel", "tcg,thread=single", "-smp", "1", "-cpu", "max"])
+                .args(["-icount", "shift=0,sleep=off", "-seed", "1"])
+                .args(["-rtc", "base=2026-01-01T00:00:00,clock=vm"]);
+        } else if self.accel == "tcg" {
+            qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max"]);
+            qemu.args(["-smp", &self.smp.to_string()]);
+        } else {
+            qemu.args(["-accel", &self.accel, "-cpu", "host"]);
+            qemu.args(["-smp", &self.smp.to_string()]);
+        }
+        qemu.arg("-serial")
+            .arg(format!("file:{}", comma(&run.file("console.log"))?));
+        qemu.args(["-device", "virtio-serial-pci"]);
+        for name in ["stdout", "stderr", "result"] {
+            let path = comma(&run.file(name))?;
+            qemu.args(["-chardev", &format!("file,id={name},path={path}")])
+                .arg("-device")
+                .arg(format!("virtserialport,chardev={name},name=ptshare.{name}"));
+        }
+        self.export(&mut qemu, Path::new("/"), "root", true)?;
+        for (dir, tag) in &self.shares {
+            let dir = dir
+                .canonicalize()
+                .with_context(|| format!("sharing {}", dir.display()))?;
+            self.export(&mut qemu, &dir, tag, false)?;
+        }
+        for (n, image) in self.drives.iter().enumerate() {
+            let image = comma(image)?;
+            qemu.arg("-drive")
+                .arg(format!("file={image},id=d{n},if=none,format=raw,cache=unsafe"))
+                .args(["-device", &format!("virtio-blk-pci,drive=d{n}")]);
+        }
+        let log = File::create(run.file("qemu.log"))?;
+        qemu.stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
+        // SAFETY: the closure runs between fork and exec and makes system
+        // calls only; it allocates nothing and takes no lock.
+        unsafe {
+            qemu.pre_exec(|| {
+                nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
+                Ok(())
+            });
+        }
+        Ok(qemu)
+    }
+
+    fn export(&self, qemu: &mut Command, dir: &Path, tag: &str, readonly: bool) -> Result<()> {
+        let root = nix::unistd::geteuid().is_root();
+        let model = if root { "passthrough" } else { "none" };
+        let more = if readonly { ",readonly=on" } else { "" };
+        let path = comma(dir)?;
+        qemu.arg("-fsdev")
+            .arg(format!(
+                "local,id={tag},path={path},security_model={model},multidevs=remap{more}"
+            ))
+            .arg("-device")
+            .arg(format!("virtio-9p-pci,fsdev={tag},mount_tag={tag}"));
+        Ok(())
+    }
+}
+
+/// What the guest's PID 1 is told; `Spec` of guest-init.
+#[derive(Serialize)]
+struct Spec {
+    command: Vec<String>,
+    cwd: String,
+    env: Vec<(String, String)>,
+    shares: Vec<String>,
+    nonce: String,
+}
+
+/// What the guest's PID 1 reports.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Record {
+    /// The command's exit status
+    pub exit: Option<u8>,
+    /// The signal that killed it
+    pub signal: Option<u8>,
+    /// Why it could not be run
+    pub error: Option<String>,
+    /// Whether kmemleak was asked; `None` without kmemleak
+    pub leak_scan: Option<bool>,
+    /// Guest time from start to exit of the command
+    pub nanoseconds: Option<u64>,
+}
+
+/// How a run is to be judged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// The command ran to its end on a kernel that had nothing to complain of
+    Ended,
+    /// The kernel complained
+    Splat,
+    /// The VM ended, or PID 1 failed, without a result
+    NoResult,
+    /// The console log is not whole, so its silence says nothing
+    NoConsole,
+    /// Time ran out
+    Timeout,
+}
+
+/// A run of the VM.
+#[derive(Debug)]
+pub struct Outcome {
+    /// The kernel it ran on
+    pub flavor: Flavor,
+    /// Whether it was killed because time ran out
+    pub timed_out: bool,
+    /// PID 1's report
+    pub record: Option<Record>,
+    /// Whether the console log holds PID 1's marks
+    pub console_captured: bool,
+    /// The kernel's complaints
+    pub splats: Vec<Splat>,
+    /// What the command wrote to stdout
+    pub stdout: Vec<u8>,
+    /// What the command wrote to stderr
+    pub stderr: Vec<u8>,
+    /// The kernel's log
+    pub console_log: PathBuf,
+    /// Host time of the whole run
+    pub elapsed: Duration,
+}
+
+impl Outcome {
+    /// The judgement, worst first.
+    pub fn verdict(&self) -> Verdict {
+        let scan_due = self.flavor == Flavor::Debug;
+        match &self.record {
+            _ if self.timed_out => Verdict::Timeout,
+            _ if !self.splats.is_empty() => Verdict::Splat,
+            Some(r) if r.exit.is_none() && r.signal.is_none() => Verdict::NoResult,
+            Some(r) if scan_due && r.leak_scan != Some(true) => Verdict::NoResult,
+            None => Verdict::NoResult,
+            Some(_) if !self.console_captured => Verdict::NoConsole,
+            Some(_) => Verdict::Ended,
+        }
+    }
+
+    /// The exit status for a shell: the command's, 128 + N after signal N, or
+    /// one of the `EXIT_` constants.
+    pub fn status(&self) -> u8 {
+        match self.verdict() {
+            Verdict::Ended => {
+                let record = self.record.as_ref();
+                record
+                    .and_then(|r| r.exit.or(r.signal.map(|s| 128 + (s & 127))))
+                    .unwrap_or(EXIT_NO_RESULT)
+            }
+            Verdict::Splat => EXIT_SPLAT,
+            Verdict::NoResult => EXIT_NO_RESULT,
+            Verdict::NoConsole => EXIT_NO_CONSOLE,
+            Verdict::Timeout => EXIT_TIMEOUT,
+        }
+    }
+
+    /// The command's stdout as text.
+    pub fn stdout_text(&self) -> String {
+        String::from_utf8_lossy(&self.stdout).into_owned()
+    }
+
+    /// Self, unless anything at all went wrong, the command's exit status
+    /// included.
+    pub fn expect_success(self) -> Result<Self> {
+        if self.status() != 0 {
+            let stderr = String::from_utf8_lossy(&self.stderr);
+            bail!(
+                "the run in the {} VM failed with status {}\n{}{}",
+                self.flavor.name(),
+                self.status(),
+                self.complaint(),
+                stderr
+            );
+        }
+        Ok(self)
+    }
+
+    /// What went wrong, for a person: lines that end in a newline, or nothing.
+    pub fn complaint(&self) -> String {
+        let mut text = match self.verdict() {
+            Verdict::Ended => return String::new(),
+            Verdict::Splat => String::from("x: vm: the kernel complained:\n"),
+            Verdict::NoResult => {
+                let why = self.record.as_ref().and_then(|r| r.error.clone());
+                let why = why.map_or(String::new(), |w| format!(": {w}"));
+                format!("x: vm: ended without a result{why}\n")
+            }
+            Verdict::NoConsole => {
+                "x: vm: the console log is not whole, so nothing is known of complaints\n".into()
+            }
+            Verdict::Timeout => format!("x: vm: killed after {} s\n", self.elapsed.as_secs()),
+        };
+        for splat in self.splats.iter().take(12) {
+            text.push_str(&format!(
+                "  [{}] {}: {}\n",
+                splat.class, splat.number, splat.line
+            ));
+        }
+        if self.splats.len() > 12 {
+            text.push_str(&format!("  and {} more\n", self.splats.len() - 12));
+        }
+        if self.splats.is_empty() {
+            let log = fs::read(&self.console_log).unwrap_or_default();
+            let log = String::from_utf8_lossy(&log);
+            let lines: Vec<&str> = log.lines().collect();
+            for line in &lines[lines.len().saturating_sub(5)..] {
+                text.push_str(&format!("  {line}\n"));
+            }
+        }
+        text.push_str(&format!(
+            "x: vm: console log: {}\n",
+            self.console_log.display()
+        ));
+        text
+    }
+}
+
+/// A directory for the files of one run. The newest are kept for reading.
+struct RunDir {
+    dir: PathBuf,
+}
+
+impl RunDir {
+    fn new() -> Result<Self> {
+        let runs = paths::cache_dir("runs")?;
+        let mut old: Vec<_> = fs::read_dir(&runs)?
+            .flatten()
+            .filter_map(|e| Some((e.metadata().ok()?.modified().ok()?, e.path())))
+            .collect();
+        old.sort();
+        old.reverse();
+        for (_, dir) in old.iter().skip(KEEP_RUNS) {
+            let _ = fs::remove_dir_all(dir);
+        }
+        let dir = tempfile::Builder::new()
+            .prefix("run-")
+            .tempdir_in(&runs)?
+            .keep();
+        Ok(Self { dir })
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+}
+
+/// A fifo that QEMU writes, and the thread that reads it to the end.
+struct Capture {
+    keep_open: File,
+    thread: JoinHandle<io::Result<Vec<u8>>>,
+}
+
+impl Capture {
+    fn start(path: PathBuf, mut copy: Option<impl Write + Send + 'static>) -> Result<Self> {
+        nix::unistd::mkfifo(&path, Mode::from_bits_truncate(0o600))?;
+        // Without a writer of its own the reader would see the end before
+        // QEMU has opened the fifo.
+        let mut read = OpenOptions::new()
+            .read(true)
+            .custom_flags(nix::fcntl::OFlag::O_NONBLOCK.bits())
+            .open(&path)?;
+        let keep_open = OpenOptions::new().write(true).open(&path)?;
+        nix::fcntl::fcntl(
+            &read,
+            nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty()),
+        )?;
+        let thread = thread::spawn(move || {
+            let mut all = Vec::new();
+            let mut buffer = [0; 16 * 1024];
+            loop {
+                let n = read.read(&mut buffer)?;
+                if n == 0 {
+                    return Ok(all);
+                }
+                all.extend_from_slice(&buffer[..n]);
+                if let Some(copy) = &mut copy {
+                    copy.write_all(&buffer[..n])?;
+                    copy.flush()?;
+                }
+            }
+        });
+        Ok(Self { keep_open, thread })
+    }
+
+    fn finish(self) -> Result<Vec<u8>> {
+        drop(self.keep_open);
+        match self.thread.join() {
+            Ok(read) => read.context("reading the VM's output"),
+            Err(_) => bail!("the thread that reads the VM's output died"),
+        }
+    }
+}
+
+/// A child that does not outlive this value.
+struct Guard(Child);
+
+impl Guard {
+    /// Waits; kills and returns `None` at the deadline.
+    fn wait_until(&mut self, deadline: Instant) -> Result<Option<ExitStatus>> {
+        loop {
+            if let Some(status) = self.0.try_wait()? {
+                if let Some(signal) = status.signal() {
+                    eprintln!("x: vm: QEMU was killed by signal {signal}");
+                }
+                return Ok(Some(status));
+            }
+            if Instant::now() >= deadline {
+                self.0.kill()?;
+                self.0.wait()?;
+                return Ok(None);
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn initramfs(init: &Path, spec: &Spec) -> Result<Vec<u8>> {
+    let mut archive = guest::Initramfs::default();
+    for dir in ["dev", "proc", "sys"] {
+        archive.directory(dir);
+    }
+    archive.console("dev/console");
+    archive.program("init", &fs::read(init)?);
+    archive.program("spec.json", &serde_json::to_vec(spec)?);
+    Ok(archive.finish())
+}
+
+/// A path as a value among QEMU's comma-separated options.
+fn comma(path: &Path) -> Result<String> {
+    let text = path
+        .to_str()
+        .with_context(|| format!("{} is not UTF-8", path.display()))?;
+    Ok(text.replace(',', ",,"))
+}
