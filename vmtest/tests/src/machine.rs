@@ -1,0 +1,362 @@
+//! Machine-wide things a test may set up, each undone when its guard is dropped; what a killed test
+//! leaves behind, [`clean_leftovers`] finds by name.
+
+use crate::harness::{Res, Stop};
+use crate::kernel;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+const PREFIX: &str = "guest-tests-";
+
+/// Removes mounts, swap and cgroups whose names say they are ours.
+pub fn clean_leftovers() {
+    for line in fs::read_to_string("/proc/mounts")
+        .unwrap_or_default()
+        .lines()
+    {
+        if let Some(dir) = line.split(' ').nth(1).filter(|d| d.contains(PREFIX)) {
+            unmount(Path::new(dir));
+            fs::remove_dir(dir).ok();
+        }
+    }
+    for dev in fs::read_dir("/run").into_iter().flatten().flatten() {
+        if let Some(n) = dev
+            .file_name()
+            .to_str()
+            .and_then(|n| n.strip_prefix("guest-tests-zram"))
+        {
+            if let Ok(n) = n.parse() {
+                Zram {
+                    n,
+                    marker: dev.path(),
+                }
+                .remove();
+            }
+        }
+    }
+    for dir in fs::read_dir("/sys/fs/cgroup")
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
+        if dir.file_name().to_string_lossy().starts_with(PREFIX) {
+            remove_cgroup(&dir.path());
+        }
+    }
+}
+
+fn unmount(dir: &Path) {
+    let Ok(c) = std::ffi::CString::new(dir.as_os_str().as_encoded_bytes()) else {
+        return;
+    };
+    // SAFETY: a NUL-terminated path.
+    unsafe { libc::umount2(c.as_ptr(), libc::MNT_DETACH) };
+}
+
+/// Runs a command that must succeed; a missing binary is a skip.
+pub fn tool(name: &str, args: &[&str]) -> Res {
+    let path = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"]
+        .iter()
+        .map(|d| Path::new(d).join(name))
+        .find(|p| p.exists());
+    let Some(path) = path else {
+        crate::skip!("this machine has no {name}")
+    };
+    let out = Command::new(path).args(args).output()?;
+    crate::ensure!(
+        out.status.success(),
+        "{name} {args:?}: {}",
+        String::from_utf8_lossy(&out.stderr)
+    );
+    Ok(())
+}
+
+/// Sets `vm.ptshare` until dropped.
+pub struct Mode(u32);
+
+impl Mode {
+    /// Sets it.
+    pub fn set(v: u32) -> Res<Mode> {
+        let Some(old) = kernel::mode() else {
+            return Err(Stop::Fail("no /proc/sys/vm/ptshare".into()));
+        };
+        kernel::set_mode(v)?;
+        Ok(Mode(old))
+    }
+}
+
+impl Drop for Mode {
+    fn drop(&mut self) {
+        kernel::set_mode(self.0).ok();
+    }
+}
+
+/// Writes a file of /proc/sys or /sys and puts the old content back when dropped.
+pub struct Setting {
+    path: String,
+    old: String,
+}
+
+impl Setting {
+    /// Writes it; a missing file is a skip. For `a [b] c` files the bracketed word is put back.
+    pub fn set(path: &str, value: &str) -> Res<Setting> {
+        let Ok(text) = fs::read_to_string(path) else {
+            crate::skip!("this kernel has no {path}")
+        };
+        let old = match text.split_once('[').and_then(|(_, r)| r.split_once(']')) {
+            Some((word, _)) => word.to_string(),
+            None => text.trim().to_string(),
+        };
+        fs::write(path, value).map_err(|e| Stop::Skip(format!("{path} refuses {value:?}: {e}")))?;
+        Ok(Setting {
+            path: path.to_string(),
+            old,
+        })
+    }
+}
+
+impl Drop for Setting {
+    fn drop(&mut self) {
+        fs::write(&self.path, &self.old).ok();
+    }
+}
+
+/// A zram device of our own.
+pub struct Zram {
+    n: u32,
+    marker: PathBuf,
+}
+
+impl Zram {
+    /// Adds a device of `megabytes`.
+    pub fn new(megabytes: u32) -> Res<Zram> {
+        let control = "/sys/class/zram-control/hot_add";
+        let Ok(n) = fs::read_to_string(control) else {
+            crate::skip!("this kernel has no {control}")
+        };
+        let n: u32 = n
+            .trim()
+            .parse()
+            .map_err(|_| Stop::Fail(format!("{control}: {n:?}")))?;
+        fs::create_dir_all("/run").ok();
+        let marker = PathBuf::from(format!("/run/{PREFIX}zram{n}"));
+        fs::write(&marker, "").ok();
+        let z = Zram { n, marker };
+        fs::write(
+            format!("/sys/block/zram{n}/disksize"),
+            format!("{megabytes}M"),
+        )?;
+        z.make_node()?;
+        Ok(z)
+    }
+
+    /// The device's path.
+    pub fn path(&self) -> String {
+        format!("/dev/zram{}", self.n)
+    }
+
+    fn make_node(&self) -> Res {
+        if Path::new(&self.path()).exists() {
+            return Ok(());
+        }
+        let dev = fs::read_to_string(format!("/sys/block/zram{}/dev", self.n))?;
+        let (major, minor) = dev.trim().split_once(':').unwrap_or(("0", "0"));
+        let dev = libc::makedev(major.parse().unwrap_or(0), minor.parse().unwrap_or(0));
+        let path = std::ffi::CString::new(self.path()).unwrap_or_default();
+        // SAFETY: a NUL-terminated path.
+        let r = unsafe { libc::mknod(path.as_ptr(), libc::S_IFBLK | 0o600, dev) };
+        crate::ensure!(
+            r == 0,
+            "mknod {}: {}",
+            self.path(),
+            crate::sys::Errno::last()
+        );
+        Ok(())
+    }
+
+    fn remove(&self) {
+        let path = std::ffi::CString::new(self.path()).unwrap_or_default();
+        // SAFETY: a NUL-terminated path; fails harmlessly when it is not in use as swap.
+        unsafe { libc::swapoff(path.as_ptr()) };
+        for _ in 0..100 {
+            fs::write(format!("/sys/block/zram{}/reset", self.n), "1").ok();
+            if fs::write("/sys/class/zram-control/hot_remove", self.n.to_string()).is_ok() {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        fs::remove_file(&self.marker).ok();
+    }
+}
+
+impl Drop for Zram {
+    fn drop(&mut self) {
+        self.remove();
+    }
+}
+
+/// Swap on zram until dropped.
+pub struct Swap {
+    zram: Zram,
+}
+
+impl Swap {
+    /// Turns on `megabytes` of swap.
+    pub fn on(megabytes: u32) -> Res<Swap> {
+        let zram = Zram::new(megabytes)?;
+        tool("mkswap", &[&zram.path()])?;
+        let path = std::ffi::CString::new(zram.path()).unwrap_or_default();
+        // SAFETY: a NUL-terminated path.
+        let r = unsafe { libc::swapon(path.as_ptr(), 0) };
+        crate::ensure!(
+            r == 0,
+            "swapon {}: {}",
+            zram.path(),
+            crate::sys::Errno::last()
+        );
+        Ok(Swap { zram })
+    }
+
+    /// Turns the swap off, bringing every page back, which must succeed.
+    pub fn off(self) -> Res {
+        let path = std::ffi::CString::new(self.zram.path()).unwrap_or_default();
+        // SAFETY: a NUL-terminated path.
+        let r = unsafe { libc::swapoff(path.as_ptr()) };
+        crate::ensure!(r == 0, "swapoff: {}", crate::sys::Errno::last());
+        Ok(())
+    }
+
+    /// Pages swapped out now.
+    pub fn used_pages(&self) -> u64 {
+        let text = fs::read_to_string("/proc/swaps").unwrap_or_default();
+        let line = text.lines().find(|l| l.starts_with(&self.zram.path()));
+        let kb: u64 = line
+            .and_then(|l| l.split_whitespace().nth(3))
+            .and_then(|k| k.parse().ok())
+            .unwrap_or(0);
+        kb / 4
+    }
+}
+
+/// A fresh ext4 filesystem, mounted until dropped.
+pub struct Ext4 {
+    /// Where it is mounted.
+    pub dir: PathBuf,
+    _zram: Zram,
+}
+
+impl Ext4 {
+    /// Makes and mounts one of `megabytes`.
+    pub fn mount(megabytes: u32) -> Res<Ext4> {
+        let zram = Zram::new(megabytes)?;
+        tool("mke2fs", &["-q", "-F", "-t", "ext4", &zram.path()])?;
+        let dir = PathBuf::from(format!("/tmp/{PREFIX}ext4-{}", std::process::id()));
+        fs::create_dir_all(&dir)?;
+        let from = std::ffi::CString::new(zram.path()).unwrap_or_default();
+        let to = std::ffi::CString::new(dir.as_os_str().as_encoded_bytes()).unwrap_or_default();
+        // SAFETY: NUL-terminated strings; no data argument.
+        let r = unsafe {
+            libc::mount(
+                from.as_ptr(),
+                to.as_ptr(),
+                c"ext4".as_ptr(),
+                0,
+                std::ptr::null(),
+            )
+        };
+        if r != 0 {
+            let e = crate::sys::Errno::last();
+            fs::remove_dir(&dir).ok();
+            if e.0 == libc::ENODEV {
+                crate::skip!("this kernel has no ext4");
+            }
+            crate::fail!("mount {}: {e}", zram.path());
+        }
+        Ok(Ext4 { dir, _zram: zram })
+    }
+
+    /// A new empty file on it, open for reading and writing.
+    pub fn file(&self, name: &str) -> Res<fs::File> {
+        Ok(fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(self.dir.join(name))?)
+    }
+}
+
+impl Drop for Ext4 {
+    fn drop(&mut self) {
+        unmount(&self.dir);
+        fs::remove_dir(&self.dir).ok();
+    }
+}
+
+/// A memory cgroup (v2) that this process is in until it is dropped.
+pub struct Cgroup {
+    dir: PathBuf,
+    home: String,
+}
+
+impl Cgroup {
+    /// Makes one and enters it; children made from now on are in it too.
+    pub fn enter() -> Res<Cgroup> {
+        let root = Path::new("/sys/fs/cgroup");
+        let controllers = fs::read_to_string(root.join("cgroup.controllers")).unwrap_or_default();
+        if !controllers.split_whitespace().any(|c| c == "memory") {
+            crate::skip!("no cgroup2 with the memory controller at /sys/fs/cgroup");
+        }
+        fs::write(root.join("cgroup.subtree_control"), "+memory")?;
+        let dir = root.join(format!("{PREFIX}{}", std::process::id()));
+        fs::create_dir(&dir)?;
+        let home = fs::read_to_string("/proc/self/cgroup")?;
+        let home = home.trim().strip_prefix("0::/").unwrap_or("").to_string();
+        let c = Cgroup { dir, home };
+        fs::write(c.dir.join("cgroup.procs"), "0")?;
+        Ok(c)
+    }
+
+    /// Asks for `bytes` to be reclaimed; as much as can be is.
+    pub fn reclaim(&self, bytes: u64) {
+        // Fails with EAGAIN when less could be reclaimed; callers measure what happened.
+        fs::write(self.dir.join("memory.reclaim"), bytes.to_string()).ok();
+    }
+
+    /// Writes a file of the cgroup.
+    pub fn write(&self, file: &str, text: &str) -> Res {
+        Ok(fs::write(self.dir.join(file), text)?)
+    }
+
+    /// Reads a number from a file of the cgroup.
+    pub fn number(&self, file: &str) -> Res<u64> {
+        let text = fs::read_to_string(self.dir.join(file))?;
+        text.trim()
+            .parse()
+            .map_err(|_| Stop::Fail(format!("{file}: {text:?}")))
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        fs::write(
+            Path::new("/sys/fs/cgroup")
+                .join(&self.home)
+                .join("cgroup.procs"),
+            "0",
+        )
+        .ok();
+        remove_cgroup(&self.dir);
+    }
+}
+
+fn remove_cgroup(dir: &Path) {
+    fs::write(dir.join("cgroup.kill"), "1").ok();
+    for _ in 0..100 {
+        if fs::remove_dir(dir).is_ok() {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+}
