@@ -10,6 +10,7 @@ mod guest;
 mod kernel;
 mod paths;
 mod splat;
+mod test;
 mod tools;
 mod vm;
 mod vmcmd;
@@ -32,6 +33,8 @@ enum Command {
     Kernel(kernel::Command),
     /// Run a command in a VM over this machine's files
     Vm(vmcmd::Args),
+    /// Run every test; the closing line says how many passed
+    Test(test::Args),
     /// Measure (see `./x bench --help`)
     #[command(disable_help_flag = true)]
     Bench {
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
     let done: Result<u8> = match Cli::parse().command {
         Command::Kernel(c) => kernel::command(c).map(|()| 0),
         Command::Vm(args) => vmcmd::run(&args),
+        Command::Test(args) => test::run(&args),
         Command::Bench { args } => bench::run(args).map(|()| 0),
         Command::Demo { args } => demo::run(args).map(|()| 0),
     };

@@ -54,11 +54,14 @@ pub struct Vm {
     append: Vec<String>,
     drives: Vec<PathBuf>,
     shares: Vec<(PathBuf, String)>,
-    env: Vec<(String, String)>,
     cwd: Option<PathBuf>,
     timeout: Duration,
-    forward: bool,
+    tee_stdout: Option<Tee>,
+    tee_stderr: Option<Tee>,
 }
+
+/// Makes the place to which output is copied as it comes.
+type Tee = fn() -> Box<dyn Write + Send>;
 
 impl Vm {
     /// A VM of 4 GB and two CPUs with the kernel of `flavor`.
@@ -72,10 +75,10 @@ impl Vm {
             append: Vec::new(),
             drives: Vec::new(),
             shares: Vec::new(),
-            env: Vec::new(),
             cwd: None,
             timeout: Duration::from_secs(900),
-            forward: false,
+            tee_stdout: None,
+            tee_stderr: None,
         }
     }
 
@@ -123,12 +126,6 @@ impl Vm {
         self
     }
 
-    /// Sets a variable of the command's environment.
-    pub fn env(mut self, name: &str, value: &str) -> Self {
-        self.env.push((name.into(), value.into()));
-        self
-    }
-
     /// Runs the command there instead of in the current directory.
     pub fn cwd(mut self, dir: impl AsRef<Path>) -> Self {
         self.cwd = Some(dir.as_ref().to_owned());
@@ -143,7 +140,14 @@ impl Vm {
 
     /// Copies the command's output to this program's as it comes.
     pub fn forward(mut self, forward: bool) -> Self {
-        self.forward = forward;
+        self.tee_stdout = forward.then_some(|| Box::new(io::stdout()));
+        self.tee_stderr = forward.then_some(|| Box::new(io::stderr()));
+        self
+    }
+
+    /// Copies the command's stdout to what `tee` makes as it comes.
+    pub fn tee(mut self, tee: Tee) -> Self {
+        self.tee_stdout = Some(tee);
         self
     }
 
@@ -164,9 +168,9 @@ impl Vm {
         fs::write(run.file("initramfs"), initramfs(&init, &spec)?)?;
 
         let start = Instant::now();
-        let stdout = Capture::start(run.file("stdout"), self.forward.then(io::stdout))?;
-        let stderr = Capture::start(run.file("stderr"), self.forward.then(io::stderr))?;
-        let result = Capture::start(run.file("result"), None::<io::Sink>)?;
+        let stdout = Capture::start(run.file("stdout"), self.tee_stdout)?;
+        let stderr = Capture::start(run.file("stderr"), self.tee_stderr)?;
+        let result = Capture::start(run.file("result"), None)?;
         let mut qemu = self.qemu(&run, &kernel.bz_image())?;
         let mut child = Guard(
             qemu.spawn()
@@ -203,7 +207,7 @@ impl Vm {
             Some(dir) => dir.clone(),
             None => std::env::current_dir()?,
         };
-        let mut env = vec![
+        let env = [
             (
                 "PATH",
                 "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -212,11 +216,7 @@ impl Vm {
             ("LANG", "C.UTF-8"),
             ("TERM", "dumb"),
             ("USER", "root"),
-        ]
-        .into_iter()
-        .map(|(k, v)| (k.to_owned(), v.to_owned()))
-        .collect::<Vec<_>>();
-        env.extend(self.env.iter().cloned());
+        ];
         Ok(Spec {
             command: command.iter().map(|w| w.as_ref().to_owned()).collect(),
             cwd: cwd
@@ -224,7 +224,7 @@ impl Vm {
                 .into_string()
                 .ok()
                 .context("the current directory's name is not UTF-8")?,
-            env,
+            env: env.map(|(k, v)| (k.to_owned(), v.to_owned())).to_vec(),
             shares: self.shares.iter().map(|(_, tag)| tag.clone()).collect(),
             nonce: nonce.to_owned(),
         })
@@ -262,7 +262,10 @@ impl Vm {
             .arg(run.file("initramfs"))
             .args(["-append", &self.command_line()]);
         if self.icount {
-            ensure!(self.accel == "tcg", "the instruction clock needs --accel tcg");
+            ensure!(
+                self.accel == "tcg",
+                "the instruction clock needs --accel tcg"
+            );
             qemu.args(["-accel", "tcg,thread=single", "-smp", "1", "-cpu", "max"])
                 .args(["-icount", "shift=0,sleep=off", "-seed", "1"])
                 .args(["-rtc", "base=2026-01-01T00:00:00,clock=vm"]);
@@ -292,7 +295,9 @@ impl Vm {
         for (n, image) in self.drives.iter().enumerate() {
             let image = comma(image)?;
             qemu.arg("-drive")
-                .arg(format!("file={image},id=d{n},if=none,format=raw,cache=unsafe"))
+                .arg(format!(
+                    "file={image},id=d{n},if=none,format=raw,cache=unsafe"
+                ))
                 .args(["-device", &format!("virtio-blk-pci,drive=d{n}")]);
         }
         let log = File::create(run.file("qemu.log"))?;
@@ -346,8 +351,6 @@ pub struct Record {
     pub error: Option<String>,
     /// Whether kmemleak was asked; `None` without kmemleak
     pub leak_scan: Option<bool>,
-    /// Guest time from start to exit of the command
-    pub nanoseconds: Option<u64>,
 }
 
 /// How a run is to be judged.
@@ -517,7 +520,7 @@ struct Capture {
 }
 
 impl Capture {
-    fn start(path: PathBuf, mut copy: Option<impl Write + Send + 'static>) -> Result<Self> {
+    fn start(path: PathBuf, tee: Option<Tee>) -> Result<Self> {
         nix::unistd::mkfifo(&path, Mode::from_bits_truncate(0o600))?;
         // Without a writer of its own the reader would see the end before
         // QEMU has opened the fifo.
@@ -531,6 +534,7 @@ impl Capture {
             nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty()),
         )?;
         let thread = thread::spawn(move || {
+            let mut copy = tee.map(|tee| tee());
             let mut all = Vec::new();
             let mut buffer = [0; 16 * 1024];
             loop {
@@ -539,9 +543,12 @@ impl Capture {
                     return Ok(all);
                 }
                 all.extend_from_slice(&buffer[..n]);
-                if let Some(copy) = &mut copy {
-                    copy.write_all(&buffer[..n])?;
-                    copy.flush()?;
+                let written = copy
+                    .as_mut()
+                    .map(|c| c.write_all(&buffer[..n]).and_then(|()| c.flush()));
+                if matches!(written, Some(Err(_))) {
+                    // Its reader has gone; the run goes on to its end.
+                    copy = None;
                 }
             }
         });

@@ -50,8 +50,6 @@ struct Record {
     error: Option<String>,
     /// Whether kmemleak has looked for leaks, on kernels that have it
     leak_scan: Option<bool>,
-    /// Nanoseconds of the guest's clock from start to exit of the command
-    nanoseconds: Option<u64>,
 }
 
 fn main() {
@@ -72,7 +70,11 @@ fn session() -> Result<Record> {
     let spec: Spec =
         serde_json::from_slice(&fs::read("/spec.json")?).context("reading spec.json")?;
     kmsg(&format!("ptshare-lab: begin {}", spec.nonce));
-    mounts::root(&spec.cwd, spec.command.first().map_or("", |c| c), &spec.shares)?;
+    mounts::root(
+        &spec.cwd,
+        spec.command.first().map_or("", |c| c),
+        &spec.shares,
+    )?;
     net::setup()?;
 
     let mut record = run(&spec)?;
@@ -87,7 +89,6 @@ fn run(spec: &Spec) -> Result<Record> {
     let (out, out_pump) = stream("ptshare.stdout")?;
     let (err, err_pump) = stream("ptshare.stderr")?;
     let mut complaints = File::from(err.try_clone()?);
-    let start = Instant::now();
     // The Command, which holds writing ends of the pipes, is gone after this.
     let spawned = Command::new(name)
         .args(arguments)
@@ -102,7 +103,6 @@ fn run(spec: &Spec) -> Result<Record> {
     match spawned {
         Ok(child) => {
             let status = reap_until(Pid::from_raw(i32::try_from(child.id())?))?;
-            record.nanoseconds = u64::try_from(start.elapsed().as_nanos()).ok();
             match status {
                 WaitStatus::Exited(_, code) => record.exit = Some(code),
                 WaitStatus::Signaled(_, signal, _) => record.signal = Some(signal as i32),

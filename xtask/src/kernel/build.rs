@@ -161,7 +161,9 @@ fn is_object(line: &[u8]) -> bool {
     line.starts_with("  ")
         && matches!(
             words.next(),
-            Some("CC" | "AS" | "LD" | "AR" | "HOSTCC" | "HOSTLD" | "RUSTC" | "BINDGEN" | "HOSTRUSTC")
+            Some(
+                "CC" | "AS" | "LD" | "AR" | "HOSTCC" | "HOSTLD" | "RUSTC" | "BINDGEN" | "HOSTRUSTC"
+            )
         )
 }
 
@@ -195,7 +197,8 @@ fn store(out: &Path, image: &Path) -> Result<()> {
         (".config", "config"),
         ("System.map", "System.map"),
     ] {
-        fs::copy(out.join(from), partial.path().join(to)).with_context(|| format!("copying {from}"))?;
+        fs::copy(out.join(from), partial.path().join(to))
+            .with_context(|| format!("copying {from}"))?;
     }
     let partial = partial.keep();
     fs::rename(&partial, image).with_context(|| format!("making {}", image.display()))?;
@@ -226,9 +229,11 @@ fn discard_recent(out: &Path) -> Result<()> {
     let mut files: Vec<(SystemTime, PathBuf)> = Vec::new();
     for entry in walkdir::WalkDir::new(out).into_iter().flatten() {
         let path = entry.path();
-        let output = path
-            .extension()
-            .is_some_and(|e| ["o", "a", "rmeta", "rs", "so", "bin"].iter().any(|x| e == *x));
+        let output = path.extension().is_some_and(|e| {
+            ["o", "a", "rmeta", "rs", "so", "bin"]
+                .iter()
+                .any(|x| e == *x)
+        });
         if output && entry.file_type().is_file() {
             files.push((entry.metadata()?.modified()?, entry.into_path()));
         }

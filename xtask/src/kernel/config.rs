@@ -10,8 +10,7 @@ use std::fs;
 /// that rewording one rebuilds nothing.
 pub fn fragment(name: &str) -> Result<String> {
     let path = paths::in_root("kernel/configs").join(name);
-    let text =
-        fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+    let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
     let mut kept = String::new();
     for line in text.lines().map(str::trim_end) {
         match parse(line) {

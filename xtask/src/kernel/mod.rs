@@ -19,6 +19,7 @@ use crate::{paths, tools::Toolchain};
 use anyhow::{bail, Context, Result};
 use clap::{Subcommand, ValueEnum};
 use sha2::{Digest, Sha256};
+pub use source::series;
 use source::Source;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -141,10 +142,18 @@ pub fn ensure(flavor: Flavor) -> Result<Image> {
     }
     source.announce();
     let _lock = paths::lock(&source.dir.join("lock"), "the kernel's build directory")?;
-    if image.complete() {
-        return Ok(image);
-    }
-    let tree = source.prepare(flavor.patched())?;
+    let (image, tree) = loop {
+        let image = self::image(flavor, &source, &tools)?;
+        if image.complete() {
+            return Ok(image);
+        }
+        let tree = source.prepare(flavor.patched())?;
+        // The inputs may have changed while they were copied, and the image
+        // must be what its key says.
+        if self::image(flavor, &source, &tools)?.dir == image.dir {
+            break (image, tree);
+        }
+    };
     build::build(flavor, &source, &tree, &tools, &image.dir)?;
     Ok(image)
 }

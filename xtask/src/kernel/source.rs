@@ -35,9 +35,12 @@ pub struct Source {
 impl Source {
     /// Finds the installed package.
     pub fn find() -> Result<Self> {
-        let version = crate::tools::output(
-            Command::new("dpkg-query").args(["-W", "-f", "${Version}", PACKAGE]),
-        )
+        let version = crate::tools::output(Command::new("dpkg-query").args([
+            "-W",
+            "-f",
+            "${Version}",
+            PACKAGE,
+        ]))
         .with_context(|| format!("is the package {PACKAGE} installed?"))?;
         let dir = paths::cache_dir("kernel")?.join(version.replace(['~', ':', '+'], "_"));
         fs::create_dir_all(&dir)?;
@@ -325,10 +328,7 @@ diff --git a/mm/a.c b/mm/a.c
 +++ /dev/null
 ";
         let names: Vec<_> = files_of(patch).unwrap().into_iter().collect();
-        assert_eq!(
-            names,
-            ["mm/a.c", "mm/new.h", "mm/old.c"].map(PathBuf::from)
-        );
+        assert_eq!(names, ["mm/a.c", "mm/new.h", "mm/old.c"].map(PathBuf::from));
     }
 
     #[test]

@@ -1,0 +1,186 @@
+//! The tests inside the VM: `guest-tests run`, one VM a flavor, each test
+//! counted by the line that it prints.
+//!
+//! The protocol, on stdout: `ok NAME`, `FAIL NAME: why`, `skip NAME: why`, and
+//! at the very end `end N` with the number of those lines. What ends without
+//! the closing line, or with another number, has failed, whatever it printed.
+
+use super::Tally;
+use crate::kernel::Flavor;
+use crate::vm::{Outcome, Vm};
+use crate::{guest, vm};
+use anyhow::Result;
+use std::io::{self, Write};
+use std::time::Duration;
+
+/// Time for the tests of one VM.
+const SHORT: Duration = Duration::from_secs(15 * 60);
+/// Time for the long forms.
+const LONG: Duration = Duration::from_secs(90 * 60);
+
+/// Runs the tests on one kernel.
+pub fn run(tally: &mut Tally, flavor: Flavor, filter: Option<&str>, long: bool) {
+    let name = flavor.name();
+    match boot(flavor, filter, long) {
+        Ok(outcome) => judge(tally, name, &outcome, filter.is_some()),
+        Err(e) => tally.fail(&format!("{name} VM"), &format!("{e:#}")),
+    }
+}
+
+fn boot(flavor: Flavor, filter: Option<&str>, long: bool) -> Result<Outcome> {
+    let program = guest::binary("guest-tests")?;
+    let program = program.to_string_lossy().into_owned();
+    let mut command = vec![program.as_str(), "run"];
+    if let Some(filter) = filter {
+        command.extend(["--filter", filter]);
+    }
+    if long {
+        command.push("--long");
+    }
+    if flavor == Flavor::Stock {
+        command.push("--stock");
+    }
+    Vm::new(flavor)
+        .mem("4G")
+        .smp(2)
+        // Two nodes, so that migration and NUMA balancing have where to go.
+        .append("numa=fake=2")
+        .cwd("/")
+        .timeout(if long { LONG } else { SHORT })
+        .tee(|| Box::new(Progress::default()))
+        .run(&command)
+}
+
+fn judge(tally: &mut Tally, name: &str, outcome: &Outcome, filtered: bool) {
+    let text = outcome.stdout_text();
+    let report = Report::parse(&text);
+    for line in &report.lines {
+        match line {
+            Line::Ok(test) => tally.pass(&format!("{name} {test}")),
+            Line::Fail(test, why) => tally.fail(&format!("{name} {test}"), why),
+            Line::Skip(test, why) => tally.skip(&format!("{name} {test}"), why),
+        }
+    }
+    let status = outcome.status();
+    let run = format!("{name} VM");
+    if outcome.verdict() != vm::Verdict::Ended {
+        tally.fail(&run, &outcome.complaint());
+    } else if report.end != Some(report.lines.len()) {
+        let stderr = String::from_utf8_lossy(&outcome.stderr);
+        tally.fail(
+            &run,
+            &format!(
+                "{} tests reported but the closing line says {:?} (status {status})\n{stderr}",
+                report.lines.len(),
+                report.end
+            ),
+        );
+    } else if (status == 0) == report.failed() {
+        tally.fail(
+            &run,
+            &format!("the exit status {status} contradicts the tests' lines"),
+        );
+    } else if report.lines.is_empty() && !filtered {
+        tally.fail(&run, "no tests");
+    } else {
+        tally.pass(&format!(
+            "{run}: no complaint of the kernel ({:.1} s)",
+            outcome.elapsed.as_secs_f64()
+        ));
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Line {
+    Ok(String),
+    Fail(String, String),
+    Skip(String, String),
+}
+
+impl Line {
+    fn parse(line: &str) -> Option<Self> {
+        let (word, rest) = line.split_once(' ')?;
+        let (name, why) = rest.split_once(": ").unwrap_or((rest, ""));
+        let (name, why) = (name.trim().to_owned(), why.trim().to_owned());
+        match word {
+            "ok" => Some(Line::Ok(rest.trim().to_owned())),
+            "FAIL" => Some(Line::Fail(name, why)),
+            "skip" => Some(Line::Skip(name, why)),
+            _ => None,
+        }
+    }
+}
+
+struct Report {
+    lines: Vec<Line>,
+    end: Option<usize>,
+}
+
+impl Report {
+    fn parse(text: &str) -> Self {
+        let last = text.lines().rfind(|l| !l.trim().is_empty());
+        Self {
+            lines: text.lines().filter_map(Line::parse).collect(),
+            end: last.and_then(|l| l.strip_prefix("end ")?.trim().parse().ok()),
+        }
+    }
+
+    fn failed(&self) -> bool {
+        self.lines.iter().any(|l| matches!(l, Line::Fail(..)))
+    }
+}
+
+/// Shows on stderr, while the VM runs, how many tests are done.
+#[derive(Default)]
+struct Progress {
+    partial: Vec<u8>,
+    done: usize,
+}
+
+impl Write for Progress {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        for &byte in bytes {
+            if byte != b'\n' {
+                self.partial.push(byte);
+                continue;
+            }
+            let line = String::from_utf8_lossy(&self.partial).into_owned();
+            self.partial.clear();
+            if Line::parse(&line).is_some() {
+                self.done += 1;
+                eprintln!("x: {}: {line}", self.done);
+            }
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_told_apart() {
+        let report = Report::parse("ok a\nnoise\nFAIL b: x: y\nskip c: none here\nend 3\n");
+        assert_eq!(
+            report.lines,
+            [
+                Line::Ok("a".into()),
+                Line::Fail("b".into(), "x: y".into()),
+                Line::Skip("c".into(), "none here".into())
+            ]
+        );
+        assert_eq!(report.end, Some(3));
+        assert!(report.failed());
+    }
+
+    #[test]
+    fn a_run_cut_short_has_no_end() {
+        assert_eq!(Report::parse("ok a\nok b\n").end, None);
+        assert_eq!(Report::parse("end 1\nok a\n").end, None);
+    }
+}

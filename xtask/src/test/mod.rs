@@ -1,0 +1,144 @@
+//! `./x test`: everything that says whether the project works, with one line
+//! for each thing tried and a closing count.
+//!
+//! ```text
+//! host    cargo test, fmt, clippy, checkpatch
+//! kernel  the three flavors build
+//! lab     a VM shows what it should, and fails when it should
+//! guest   vmtest/tests on release and debug, and on stock what holds there
+//! ```
+
+mod guest;
+mod host;
+mod lab;
+
+use crate::kernel::{self, Flavor};
+use anyhow::Result;
+use clap::ValueEnum;
+use std::time::{Duration, Instant};
+
+/// A part of the tests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Part {
+    /// What needs no VM
+    Host,
+    /// Building the kernels
+    Kernel,
+    /// The self-test of the VM
+    Lab,
+    /// The tests inside the VM
+    Guest,
+}
+
+/// Options of `./x test`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Run the long forms too: minutes instead of seconds each
+    #[arg(long)]
+    long: bool,
+    /// Only tests whose name contains this
+    #[arg(long)]
+    filter: Option<String>,
+    /// Only this part
+    #[arg(long)]
+    only: Option<Part>,
+    /// Guest tests only on this kernel
+    #[arg(long)]
+    flavor: Option<Flavor>,
+}
+
+/// Runs the tests, prints the closing line, and returns the exit status.
+pub fn run(args: &Args) -> Result<u8> {
+    let start = Instant::now();
+    let mut tally = Tally::default();
+    let wants = |part| args.only.is_none_or(|only| only == part);
+    let filter = args.filter.as_deref();
+    if wants(Part::Host) {
+        host::run(&mut tally, filter);
+    }
+    if wants(Part::Kernel) && filter.is_none() {
+        for flavor in Flavor::ALL {
+            tally.try_one(&format!("kernel {}", flavor.name()), || {
+                kernel::ensure(flavor).map(drop)
+            });
+        }
+    }
+    if wants(Part::Lab) {
+        lab::run(&mut tally, filter);
+    }
+    if wants(Part::Guest) {
+        let flavors = [Flavor::Release, Flavor::Debug, Flavor::Stock];
+        for flavor in flavors {
+            if args.flavor.is_none_or(|only| only == flavor) {
+                guest::run(&mut tally, flavor, filter, args.long);
+            }
+        }
+    }
+    Ok(tally.close(start.elapsed()))
+}
+
+/// Counts what passed and what failed, and says so as it comes.
+#[derive(Default)]
+pub struct Tally {
+    passed: usize,
+    failed: Vec<String>,
+    skipped: usize,
+}
+
+impl Tally {
+    /// Something passed.
+    pub fn pass(&mut self, name: &str) {
+        self.passed += 1;
+        println!("ok {name}");
+    }
+
+    /// Something failed.
+    pub fn fail(&mut self, name: &str, why: &str) {
+        println!("FAIL {name}: {}", why.trim_end());
+        self.failed.push(name.to_owned());
+    }
+
+    /// Something could not be tried.
+    pub fn skip(&mut self, name: &str, why: &str) {
+        self.skipped += 1;
+        println!("skip {name}: {why}");
+    }
+
+    /// Tries something that passes when it returns no error.
+    pub fn try_one(&mut self, name: &str, test: impl FnOnce() -> Result<()>) {
+        let start = Instant::now();
+        match test() {
+            Ok(()) => self.pass(&format!("{name} ({:.1} s)", start.elapsed().as_secs_f64())),
+            Err(e) => self.fail(name, &format!("{e:#}")),
+        }
+    }
+
+    fn close(&self, elapsed: Duration) -> u8 {
+        for name in &self.failed {
+            println!("failed: {name}");
+        }
+        if self.skipped > 0 {
+            println!("{} skipped", self.skipped);
+        }
+        let seconds = elapsed.as_secs();
+        println!("took {}:{:02}", seconds / 60, seconds % 60);
+        println!("{} passed, {} failed", self.passed, self.failed.len());
+        // A run in which nothing ran is no success.
+        u8::from(!self.failed.is_empty() || self.passed == 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_run_is_no_success() {
+        let mut tally = Tally::default();
+        assert_eq!(tally.close(Duration::ZERO), 1);
+        tally.pass("a");
+        assert_eq!(tally.close(Duration::ZERO), 0);
+        tally.fail("b", "why");
+        assert_eq!(tally.close(Duration::ZERO), 1);
+    }
+}
