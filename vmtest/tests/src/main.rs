@@ -5,6 +5,7 @@
 //! asking for sharing, which shows that the expectations are those of an ordinary kernel.
 
 mod harness;
+mod inplace;
 mod kernel;
 mod leave;
 mod machine;
@@ -68,6 +69,7 @@ fn selected(filter: &str) -> Vec<harness::Test> {
         transparent::tests(),
         leave::tests(),
         mapspt::tests(),
+        inplace::tests(),
     ];
     let wanted = |t: &harness::Test| filter.split(',').any(|f| t.name.contains(f));
     all.into_iter().flatten().filter(wanted).collect()

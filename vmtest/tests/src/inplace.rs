@@ -1,0 +1,760 @@
+//! Changes of the file or of its pages, which are done in place in the shared tables: truncation,
+//! holes, reclaim, migration, writeback, collapse, memory failure. Every sharer must see them.
+
+use crate::harness::{Ctx, Res};
+use crate::kernel::{self, pagemap};
+use crate::machine::{Cgroup, Ext4, Setting, Swap};
+use crate::oracle::pages;
+use crate::peer::{flat, Peer, Remote};
+use crate::sys::{self, Errno, FIXED, GRANULE, GRANULE_PAGES, PAGE, RW, SHARED};
+use crate::team::{Member, Team};
+use crate::{ensure, ensure_eq, group, skip};
+use std::fs;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::time::{Duration, Instant};
+
+group!("inplace";
+    truncate_to_nothing,
+    truncate_inside_a_granule,
+    truncate_inside_a_page,
+    truncate_ext4,
+    punch_pages,
+    punch_whole_granule,
+    punch_while_everybody_rewrites,
+    zero_range_ext4,
+    seals_see_the_mappings,
+    swap_out_and_in(180),
+    swap_out_dirty_again_and_again(180),
+    swapoff(180),
+    pageout_by_one_process(180),
+    reclaim_clean_file_pages(180),
+    referenced_bits_can_be_cleared,
+    writeback_then_store_again(120),
+    writeback_reaches_the_disk(120),
+    writeback_by_msync_of_one_process(120),
+    move_pages_between_nodes,
+    migrate_pages_of_a_process,
+    compaction(180),
+    collapse_by_madvise,
+    collapse_then_punch,
+    collapse_by_khugepaged(120),
+    soft_offline,
+    hwpoison,
+);
+
+fn sigbus(t: &Team, page: u64) -> Res {
+    for i in 0..t.members.len() {
+        for got in [
+            t.peer(i).load(t.at(i, page))?.map(drop),
+            t.peer(i).store(t.at(i, page), 1)?,
+        ] {
+            let right =
+                matches!(got, Err(f) if f.signal == libc::SIGBUS && f.code == sys::BUS_ADRERR);
+            ensure!(
+                right,
+                "member {i}, page {page} beyond the end: {got:?} instead of SIGBUS"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// The members whose view ends at page `end`.
+fn verify_up_to(t: &Team, end: u64) -> Res {
+    (0..t.members.len()).try_for_each(|i| t.verify(i, 0..end))?;
+    t.model.verify_file(&t.fd)
+}
+
+/// truncate to 0: SIGBUS everywhere; after growth, zeros; after writing, the new content.
+fn truncate_to_nothing(ctx: &Ctx) -> Res {
+    let mut t = Team::new(ctx, 3, 2)?;
+    t.model.truncate(&t.fd, 0)?;
+    for page in [0, 1, 511, 512, 1023] {
+        sigbus(&t, page)?;
+    }
+    t.model.truncate(&t.fd, pages(2))?;
+    t.verify_all()?;
+    t.coherent()?;
+    t.expect_all(2)
+}
+
+/// truncate at a page inside a granule: what is before stays shared and right.
+fn truncate_inside_a_granule(ctx: &Ctx) -> Res {
+    let mut t = Team::new(ctx, 3, 3)?;
+    for end in [pages(2) + 100, pages(2), GRANULE_PAGES + 1, 511, 1] {
+        t.model.truncate(&t.fd, end)?;
+        for page in [end, end + 1, pages(3) - 1] {
+            sigbus(&t, page)?;
+        }
+        t.store(0, end - 1)?;
+        verify_up_to(&t, end)?;
+    }
+    t.model.truncate(&t.fd, pages(3))?;
+    t.verify_all()?;
+    t.coherent()
+}
+
+/// truncate inside a page: the rest of the page reads as zeros for every sharer.
+fn truncate_inside_a_page(ctx: &Ctx) -> Res {
+    inside_a_page(Team::new(ctx, 3, 2)?)
+}
+
+fn inside_a_page(t: Team) -> Res {
+    let page = GRANULE_PAGES + 7;
+    sys::ftruncate(&t.fd, page * PAGE + 64)?;
+    for i in 0..3 {
+        let first = t.peer(i).load(t.at(i, page))?;
+        let want = crate::oracle::first_word(t.model.seed, page, t.model.pages[page as usize]);
+        ensure_eq!(first, Ok(want), "member {i}: the part that stays");
+        for at in [64, 512, PAGE - 8] {
+            ensure_eq!(
+                t.peer(i).load(t.at(i, page) + at)?,
+                Ok(0),
+                "member {i}: byte {at} of the cut page"
+            );
+        }
+        let got = t.peer(i).load(t.at(i, page + 1))?;
+        ensure!(
+            matches!(got, Err(f) if f.signal == libc::SIGBUS),
+            "member {i}: load beyond: {got:?}"
+        );
+    }
+    Ok(())
+}
+
+/// The same on an ordinary filesystem.
+fn truncate_ext4(ctx: &Ctx) -> Res {
+    let fs = Ext4::mount(96)?;
+    let mut t = Team::on(ctx, fs.file("f")?.into(), 3, 2)?;
+    t.model.truncate(&t.fd, 700)?;
+    sigbus(&t, 700)?;
+    sigbus(&t, 1023)?;
+    verify_up_to(&t, 700)?;
+    t.model.truncate(&t.fd, pages(2))?;
+    t.verify_all()?;
+    t.coherent()?;
+    t.expect_all(2)?;
+    inside_a_page(t)
+}
+
+/// Punched pages are zeros for every sharer at once, and are written anew by any of them.
+fn punch_pages(ctx: &Ctx) -> Res {
+    let mut t = Team::new(ctx, 3, 2)?;
+    for (lo, hi) in [
+        (3, 4),
+        (100, 300),
+        (GRANULE_PAGES - 1, GRANULE_PAGES + 1),
+        (1023, 1024),
+    ] {
+        t.model.punch(&t.fd, lo..hi)?;
+        t.verify_all()?;
+        t.store(2, lo)?;
+        t.store(1, hi - 1)?;
+        t.verify_all()?;
+    }
+    t.expect_all(2)
+}
+
+/// A hole of a whole granule, which empties a whole table.
+fn punch_whole_granule(ctx: &Ctx) -> Res {
+    let mut t = Team::new(ctx, 3, 3)?;
+    t.model.punch(&t.fd, GRANULE_PAGES..pages(2))?;
+    t.verify_all()?;
+    t.coherent()?;
+    t.model.punch(&t.fd, 0..pages(3))?;
+    t.verify_all()?;
+    t.coherent()?;
+    t.expect_all(3)
+}
+
+/// Holes and stores in alternation, many times, at the same places.
+fn punch_while_everybody_rewrites(ctx: &Ctx) -> Res {
+    let mut t = Team::new(ctx, 3, 1)?;
+    for round in 0..if ctx.long { 500 } else { 30 } {
+        let lo = round * 37 % 500;
+        t.model.punch(&t.fd, lo..lo + 12)?;
+        for i in 0..3 {
+            t.store(i, lo + i as u64 * 3)?;
+            t.verify((i + 1) % 3, lo..lo + 12)?;
+        }
+    }
+    t.verify_all()?;
+    t.expect_all(1)
+}
+
+/// FALLOC_FL_ZERO_RANGE on an ordinary filesystem unmaps the pages of every sharer.
+fn zero_range_ext4(ctx: &Ctx) -> Res {
+    let fs = Ext4::mount(96)?;
+    let mut t = Team::on(ctx, fs.file("f")?.into(), 3, 2)?;
+    for (lo, hi) in [(9, 12), (500, 530)] {
+        let (off, len) = (lo * PAGE, (hi - lo) * PAGE);
+        sys::syscall(
+            libc::SYS_fallocate,
+            &[t.raw() as u64, libc::FALLOC_FL_ZERO_RANGE as u64, off, len],
+        )?;
+        t.model.pages[lo as usize..hi as usize].fill(0);
+        t.verify_all()?;
+        t.model.punch(&t.fd, hi..hi + 3)?;
+        t.verify_all()?;
+    }
+    t.coherent()
+}
+
+/// A write seal is refused while anybody maps the file writable, and holds afterwards.
+fn seals_see_the_mappings(ctx: &Ctx) -> Res {
+    let fd = sys::memfd_flags(2 * GRANULE, libc::MFD_ALLOW_SEALING)?;
+    let t = Team::on(ctx, fd, 2, 2)?;
+    let seal = |s: i32| {
+        sys::syscall(
+            libc::SYS_fcntl,
+            &[t.raw() as u64, libc::F_ADD_SEALS as u64, s as u64],
+        )
+    };
+    ensure_eq!(
+        seal(libc::F_SEAL_WRITE),
+        Err(Errno(libc::EBUSY)),
+        "sealing a file that is mapped writable"
+    );
+    for i in 0..2 {
+        t.peer(i).munmap(t.at(i, 0), GRANULE)?;
+    }
+    ensure_eq!(
+        seal(libc::F_SEAL_WRITE),
+        Err(Errno(libc::EBUSY)),
+        "sealing a file of which part is mapped"
+    );
+    for i in 0..2 {
+        t.peer(i).munmap(t.granule(i, 1), GRANULE)?;
+    }
+    ensure_eq!(
+        seal(libc::F_SEAL_WRITE),
+        Ok(0),
+        "sealing when nobody maps it"
+    );
+    let r = t.peer(0).mmap(0, 2 * GRANULE, RW, SHARED, t.raw(), 0)?;
+    ensure_eq!(
+        r,
+        Err(Errno(libc::EPERM)),
+        "a writable mapping of a sealed file"
+    );
+    Ok(())
+}
+
+// ---- reclaim ----
+
+fn present_in(t: &Team, i: usize) -> Res<usize> {
+    let seen = kernel::pagemap(t.peer(i).pid, t.at(i, 0), pages(t.granules))?;
+    Ok(seen.iter().filter(|e| *e & pagemap::PRESENT != 0).count())
+}
+
+/// Reclaims the team's pages; at least a quarter must go, from everybody's view.
+fn swap_out(t: &Team, group: &Cgroup, swap: &Swap) -> Res {
+    let all = pages(t.granules);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    // Pages that were just used take a second round or a third.
+    while swap.used_pages() < all / 4 && Instant::now() < deadline {
+        group.reclaim(all * PAGE);
+    }
+    let out = swap.used_pages();
+    ensure!(out >= all / 4, "of {all} pages only {out} were swapped out");
+    for i in 0..t.members.len() {
+        let present = present_in(t, i)?;
+        ensure!(
+            present as u64 <= all - all / 8,
+            "member {i} still maps {present} of {all} pages after {out} went out"
+        );
+    }
+    Ok(())
+}
+
+/// Reclaim to zram and back: nobody keeps a stale page, nobody loses content.
+fn swap_out_and_in(ctx: &Ctx) -> Res {
+    let swap = Swap::on(256)?;
+    let group = Cgroup::enter()?;
+    let mut t = Team::new(ctx, 3, 4)?;
+    swap_out(&t, &group, &swap)?;
+    t.verify_all()?;
+    t.coherent()?;
+    t.expect_all(4)
+}
+
+/// What is written between two rounds of reclaim is not lost: dirty bits in shared tables count.
+fn swap_out_dirty_again_and_again(ctx: &Ctx) -> Res {
+    let swap = Swap::on(256)?;
+    let group = Cgroup::enter()?;
+    let mut t = Team::new(ctx, 3, 3)?;
+    for round in 0..if ctx.long { 40 } else { 4 } {
+        swap_out(&t, &group, &swap)?;
+        for n in 0..40 {
+            t.store(n as usize % 3, (round * 401 + n * 37) % pages(3))?;
+        }
+        swap_out(&t, &group, &swap)?;
+        t.verify((round % 3) as usize, 0..pages(3))?;
+        t.verify_all()?;
+    }
+    Ok(())
+}
+
+/// swapoff brings every page back while it is mapped through shared tables.
+fn swapoff(ctx: &Ctx) -> Res {
+    let swap = Swap::on(256)?;
+    let group = Cgroup::enter()?;
+    let mut t = Team::new(ctx, 3, 3)?;
+    swap_out(&t, &group, &swap)?;
+    t.store(1, 5)?;
+    swap.off()?;
+    t.verify_all()?;
+    t.coherent()
+}
+
+/// MADV_PAGEOUT by one process, with swap: a hint that must not cost anybody content.
+fn pageout_by_one_process(ctx: &Ctx) -> Res {
+    let _swap = Swap::on(256)?;
+    let mut t = Team::new(ctx, 3, 3)?;
+    for round in 0..3 {
+        t.peer(round)
+            .madvise(t.at(round, 0), 3 * GRANULE, libc::MADV_PAGEOUT)??;
+        t.store((round + 1) % 3, 17)?;
+        t.verify_all()?;
+        t.peer(round)
+            .madvise(t.at(round, 100), 50 * PAGE, libc::MADV_PAGEOUT)??;
+        t.coherent()?;
+    }
+    // A process with nobody to share with: now the pages do go out, and come back.
+    t.members.truncate(1);
+    t.peer(0)
+        .madvise(t.at(0, 0), 3 * GRANULE, libc::MADV_PAGEOUT)??;
+    t.verify_all()?;
+    t.coherent()
+}
+
+/// Clean pages of an ordinary file are dropped under all sharers and read again.
+fn reclaim_clean_file_pages(ctx: &Ctx) -> Res {
+    let group = Cgroup::enter()?;
+    let fs = Ext4::mount(96)?;
+    let mut t = Team::on(ctx, fs.file("f")?.into(), 3, 3)?;
+    for _ in 0..2 {
+        sys::syscall(libc::SYS_fsync, &[t.raw() as u64])?;
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while present_in(&t, 0)? as u64 > pages(3) * 7 / 8 && Instant::now() < deadline {
+            group.reclaim(pages(3) * PAGE);
+        }
+        for i in 0..3 {
+            let present = present_in(&t, i)? as u64;
+            ensure!(
+                present <= pages(3) * 7 / 8,
+                "member {i} maps {present} pages after reclaim"
+            );
+        }
+        t.verify_all()?;
+        t.coherent()?;
+    }
+    Ok(())
+}
+
+/// clear_refs 1 and 3 clear accessed bits; contents and sharing do not suffer.
+fn referenced_bits_can_be_cleared(ctx: &Ctx) -> Res {
+    let mut t = Team::new(ctx, 3, 2)?;
+    for what in ["1", "3"] {
+        fs::write(format!("/proc/{}/clear_refs", t.peer(0).pid), what)?;
+        t.coherent()?;
+    }
+    Ok(())
+}
+
+// ---- writeback ----
+
+/// Reads a page past the page cache.
+fn on_disk(direct: &impl AsRawFd, page: u64) -> Res<Vec<u8>> {
+    // One page of page-aligned memory.
+    let buf = sys::mmap(0, PAGE, RW, sys::PRIVATE | sys::ANON, -1, 0)?;
+    let n = sys::syscall(
+        libc::SYS_pread64,
+        &[direct.as_raw_fd() as u64, buf, PAGE, page * PAGE],
+    )?;
+    ensure_eq!(n, PAGE, "direct read");
+    let mut out = vec![0; PAGE as usize];
+    sys::copy(out.as_mut_ptr() as u64, buf, PAGE)?;
+    sys::munmap(buf, PAGE)?;
+    Ok(out)
+}
+
+fn expect_on_disk(t: &Team, direct: &impl AsRawFd, page: u64) -> Res {
+    let got = on_disk(direct, page)?;
+    if let Some(why) =
+        crate::oracle::diagnose(t.model.seed, page, t.model.pages[page as usize], &got)
+    {
+        crate::fail!("on disk: {why}");
+    }
+    Ok(())
+}
+
+fn ext4_team(ctx: &Ctx, fs: &Ext4) -> Res<(Team, fs::File)> {
+    let t = Team::on(ctx, fs.file("f")?.into(), 3, 2)?;
+    let direct = fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_DIRECT)
+        .open(fs.dir.join("f"))?;
+    Ok((t, direct))
+}
+
+/// Writeback write-protects a page for all sharers: a store after it makes the page dirty again,
+/// whoever stores. The direct read writes back what is marked dirty and reads the disk.
+fn writeback_then_store_again(ctx: &Ctx) -> Res {
+    let fs = Ext4::mount(96)?;
+    let (mut t, direct) = ext4_team(ctx, &fs)?;
+    for round in 0..6 {
+        for page in [0, 77, GRANULE_PAGES, GRANULE_PAGES + 300] {
+            t.store(round % 3, page)?;
+            sys::syscall(libc::SYS_fsync, &[t.raw() as u64])?;
+            expect_on_disk(&t, &direct, page)?;
+            // The same page, by the same process and then by another.
+            t.store(round % 3, page)?;
+            expect_on_disk(&t, &direct, page)?;
+            t.store((round + 1) % 3, page)?;
+            expect_on_disk(&t, &direct, page)?;
+        }
+    }
+    t.verify_all()?;
+    t.expect_all(2)
+}
+
+/// All that was ever stored is in the file after sync, with every cache gone.
+fn writeback_reaches_the_disk(ctx: &Ctx) -> Res {
+    let fs = Ext4::mount(96)?;
+    let (mut t, _direct) = ext4_team(ctx, &fs)?;
+    for n in 0..120 {
+        t.store(n % 3, (n as u64 * 353) % pages(2))?;
+        if n % 40 == 39 {
+            sys::syscall(libc::SYS_syncfs, &[t.raw() as u64])?;
+        }
+    }
+    t.verify_all()?;
+    t.members.clear();
+    sys::syscall(libc::SYS_fsync, &[t.raw() as u64])?;
+    fs::write("/proc/sys/vm/drop_caches", "3")?;
+    let resident = {
+        let a = sys::mmap(0, 2 * GRANULE, sys::RO, SHARED, t.raw(), 0)?;
+        let mut v = vec![0u8; pages(2) as usize];
+        sys::syscall(libc::SYS_mincore, &[a, 2 * GRANULE, v.as_mut_ptr() as u64])?;
+        sys::munmap(a, 2 * GRANULE)?;
+        v.iter().filter(|b| **b & 1 != 0).count()
+    };
+    ensure!(
+        resident < pages(2) as usize / 2,
+        "{resident} pages are still cached after drop_caches"
+    );
+    t.model.verify_file(&t.fd)
+}
+
+/// msync(MS_SYNC) by one process writes what another stored.
+fn writeback_by_msync_of_one_process(ctx: &Ctx) -> Res {
+    let fs = Ext4::mount(96)?;
+    let (mut t, direct) = ext4_team(ctx, &fs)?;
+    for page in [3, GRANULE_PAGES + 3] {
+        t.store(1, page)?;
+        t.peer(0).syscall(
+            libc::SYS_msync,
+            &[t.at(0, 0), 2 * GRANULE, libc::MS_SYNC as u64],
+        )??;
+        expect_on_disk(&t, &direct, page)?;
+        t.store(2, page)?;
+        t.peer(1).syscall(
+            libc::SYS_msync,
+            &[t.at(1, page), PAGE, libc::MS_SYNC as u64],
+        )??;
+        expect_on_disk(&t, &direct, page)?;
+    }
+    t.coherent()
+}
+
+// ---- migration ----
+
+fn two_nodes() -> Res {
+    let online = fs::read_to_string("/sys/devices/system/node/online").unwrap_or_default();
+    if !online.contains(['-', ',']) {
+        skip!("one memory node only ({})", online.trim());
+    }
+    Ok(())
+}
+
+fn migrated() -> u64 {
+    kernel::vmstat("pgmigrate_success").unwrap_or(0)
+}
+
+/// move_pages(2) of a sharer's pages to another node and back, with stores in between.
+fn move_pages_between_nodes(ctx: &Ctx) -> Res {
+    two_nodes()?;
+    let mut t = Team::new(ctx, 3, 2)?;
+    const MOVE_ALL: u64 = 4;
+    for node in [1, 0, 1] {
+        let before = migrated();
+        let addrs: Vec<u64> = (0..pages(2)).map(|p| t.at(0, p)).collect();
+        let nodes = vec![node; addrs.len()];
+        let mut status = vec![0i32; addrs.len()];
+        let a = [
+            t.peer(0).pid as u64,
+            addrs.len() as u64,
+            addrs.as_ptr() as u64,
+            nodes.as_ptr() as u64,
+            status.as_mut_ptr() as u64,
+            MOVE_ALL,
+        ];
+        sys::syscall(libc::SYS_move_pages, &a)?;
+        let there = status.iter().filter(|s| **s == node).count();
+        ensure!(
+            there as u64 > pages(2) / 2,
+            "{there} pages are on node {node} after move_pages"
+        );
+        ensure!(
+            node == 0 || migrated() > before,
+            "move_pages migrated nothing"
+        );
+        t.verify_all()?;
+        t.coherent()?;
+    }
+    t.expect_all(2)
+}
+
+/// migrate_pages(2) of one process moves what it shares, and nobody loses content.
+fn migrate_pages_of_a_process(ctx: &Ctx) -> Res {
+    two_nodes()?;
+    let mut t = Team::new(ctx, 3, 2)?;
+    for (from, to) in [(1u64, 2u64), (2, 1), (1, 2)] {
+        sys::syscall(
+            libc::SYS_migrate_pages,
+            &[
+                t.peer(0).pid as u64,
+                64,
+                &from as *const u64 as u64,
+                &to as *const u64 as u64,
+            ],
+        )?;
+        t.verify_all()?;
+        t.coherent()?;
+    }
+    Ok(())
+}
+
+/// Compaction migrates pages that are mapped through shared tables.
+fn compaction(ctx: &Ctx) -> Res {
+    let mut t = Team::new(ctx, 3, 4)?;
+    // Checkered memory, so that there is something to compact.
+    let checkered = sys::memfd(32 * GRANULE)?;
+    sys::syscall(
+        libc::SYS_fallocate,
+        &[checkered.as_raw_fd() as u64, 0, 0, 32 * GRANULE],
+    )?;
+    for page in (0..pages(32)).step_by(2) {
+        sys::punch(&checkered, page * PAGE, PAGE)?;
+    }
+    let before = migrated();
+    for round in 0..if ctx.long { 30 } else { 3 } {
+        if let Err(e) = fs::write("/proc/sys/vm/compact_memory", "1") {
+            skip!("no compaction: {e}");
+        }
+        t.store(round % 3, 5 + round as u64)?;
+        t.verify_all()?;
+        for page in (1..pages(32)).step_by(16) {
+            sys::punch(&checkered, page * PAGE, PAGE)?;
+        }
+    }
+    if migrated() == before {
+        skip!("compaction found nothing to migrate");
+    }
+    t.coherent()?;
+    t.expect_all(4)
+}
+
+// ---- huge folios ----
+
+/// Members at granule-aligned addresses also on kernels that do not choose such by themselves.
+fn aligned_team(ctx: &Ctx, n: usize, granules: u64) -> Res<Team> {
+    ctx.opt_in()?;
+    let mut t = Team::untouched(ctx, sys::memfd(0)?, 0, granules)?;
+    t.model.fill(&t.fd, 0..pages(granules))?;
+    for _ in 0..n {
+        let peer = Peer::spawn()?;
+        let addr = peer.place(0, granules * GRANULE)?;
+        peer.mmap(addr, granules * GRANULE, RW, SHARED | FIXED, t.raw(), 0)??;
+        t.members.push(Member { peer, addr });
+    }
+    t.touch_all()?;
+    t.expect_all(granules)?;
+    Ok(t)
+}
+
+const MADV_COLLAPSE: i32 = 25;
+
+fn huge_kb(t: &Team, i: usize) -> Res<u64> {
+    Ok(kernel::kb_in(
+        &kernel::smaps_of(t.peer(i).pid, t.granule(i, 1))?,
+        "ShmemPmdMapped",
+    )
+    .unwrap_or(0))
+}
+
+fn collapse(t: &Team, i: usize, granule: u64) -> Res {
+    for _ in 0..20 {
+        match t
+            .peer(i)
+            .madvise(t.granule(i, granule), GRANULE, MADV_COLLAPSE)?
+        {
+            Err(Errno(libc::EINVAL)) => skip!("no MADV_COLLAPSE of shmem in this kernel"),
+            Err(Errno(libc::EAGAIN | libc::EBUSY)) => std::thread::sleep(Duration::from_millis(50)),
+            Err(Errno(libc::ENOMEM)) => skip!("no huge page to be had"),
+            r => {
+                r?;
+                return Ok(());
+            }
+        }
+    }
+    crate::fail!("MADV_COLLAPSE kept failing");
+}
+
+/// MADV_COLLAPSE replaces the granule's pages by one huge folio under all sharers.
+fn collapse_by_madvise(ctx: &Ctx) -> Res {
+    let mut t = aligned_team(ctx, 3, 3)?;
+    collapse(&t, 0, 1)?;
+    t.verify_all()?;
+    ensure_eq!(
+        huge_kb(&t, 0)?,
+        2048,
+        "ShmemPmdMapped of the process that collapsed"
+    );
+    t.coherent()?;
+    for i in 0..3 {
+        t.peer(i)
+            .madvise(t.at(i, 0), 3 * GRANULE, libc::MADV_DONTNEED)??;
+    }
+    t.touch_all()?;
+    for i in 0..3 {
+        ensure_eq!(
+            huge_kb(&t, i)?,
+            2048,
+            "ShmemPmdMapped of member {i} after it came back"
+        );
+    }
+    t.expect_all(2)?;
+    t.coherent()
+}
+
+/// A huge folio under shared neighbours: a hole in it, and everybody goes back to small pages.
+fn collapse_then_punch(ctx: &Ctx) -> Res {
+    let mut t = aligned_team(ctx, 3, 3)?;
+    collapse(&t, 1, 1)?;
+    t.touch_all()?;
+    t.model.punch(&t.fd, GRANULE_PAGES + 5..GRANULE_PAGES + 9)?;
+    t.verify_all()?;
+    t.coherent()?;
+    t.model.truncate(&t.fd, GRANULE_PAGES + 100)?;
+    sigbus(&t, GRANULE_PAGES + 100)?;
+    verify_up_to(&t, GRANULE_PAGES + 100)?;
+    t.model.truncate(&t.fd, pages(3))?;
+    t.coherent()
+}
+
+/// khugepaged does the same in the background.
+fn collapse_by_khugepaged(ctx: &Ctx) -> Res {
+    const DIR: &str = "/sys/kernel/mm/transparent_hugepage";
+    let _e = Setting::set(&format!("{DIR}/enabled"), "madvise")?;
+    let _s = Setting::set(&format!("{DIR}/shmem_enabled"), "advise")?;
+    let _p = Setting::set(&format!("{DIR}/khugepaged/pages_to_scan"), "65536")?;
+    let _m = Setting::set(&format!("{DIR}/khugepaged/scan_sleep_millisecs"), "10")?;
+    let mut t = aligned_team(ctx, 3, 3)?;
+    for i in 0..3 {
+        t.peer(i)
+            .madvise(t.at(i, 0), 3 * GRANULE, libc::MADV_HUGEPAGE)??;
+    }
+    let huge_folios = || kernel::kb_field("/proc/meminfo", "ShmemHugePages").unwrap_or(0);
+    let before = huge_folios();
+    let deadline = Instant::now() + Duration::from_secs(40);
+    while huge_folios() < before + 2048 && Instant::now() < deadline {
+        t.store(1, 9)?;
+        t.verify(2, 0..20)?;
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    if huge_folios() < before + 2048 {
+        skip!("khugepaged collapsed nothing within 40 s");
+    }
+    t.verify_all()?;
+    t.coherent()
+}
+
+// ---- memory failure ----
+// The frames these tests poison are lost until the next boot: two or three pages.
+
+const MADV_HWPOISON: i32 = 100;
+const MADV_SOFT_OFFLINE: i32 = 101;
+
+/// Soft offlining moves a page away under all sharers; its content stays.
+fn soft_offline(ctx: &Ctx) -> Res {
+    let mut t = Team::new(ctx, 3, 2)?;
+    for page in [9, GRANULE_PAGES + 9] {
+        let frame = |t: &Team, i: usize| -> Res<u64> {
+            Ok(kernel::pagemap(t.peer(i).pid, t.at(i, page), 1)?[0] & ((1 << 55) - 1))
+        };
+        let before = frame(&t, 0)?;
+        match t.peer(0).madvise(t.at(0, page), PAGE, MADV_SOFT_OFFLINE)? {
+            Err(Errno(libc::EINVAL | libc::EPERM)) => {
+                skip!("no memory failure injection in this kernel")
+            }
+            r => r?,
+        };
+        t.verify_all()?;
+        for i in 0..3 {
+            t.peer(i).touch(t.at(i, page), 1)?;
+            ensure!(
+                frame(&t, i)? != before,
+                "member {i} still maps the offlined page"
+            );
+        }
+        t.coherent()?;
+    }
+    t.expect_all(2)
+}
+
+/// A poisoned page: every sharer that touches it gets SIGBUS, the neighbours are fine, and
+/// punching the page out heals the file.
+fn hwpoison(ctx: &Ctx) -> Res {
+    let mut t = Team::new(ctx, 3, 2)?;
+    let page = GRANULE_PAGES + 9;
+    let injector = Peer::spawn()?;
+    let addr = injector.map(&t.fd, page * PAGE, PAGE, RW)?;
+    injector.touch(addr, 1)?;
+    let poison: Remote = |a, _| {
+        // The kernel also signals the process that injects; it has nothing more to do.
+        // SAFETY: ignoring a signal.
+        unsafe { libc::signal(libc::SIGBUS, libc::SIG_IGN) };
+        (
+            flat(sys::syscall(
+                libc::SYS_madvise,
+                &[a[0], PAGE, MADV_HWPOISON as u64],
+            )),
+            vec![],
+        )
+    };
+    injector.start(poison, &[addr], &[])?;
+    injector.answers_within(20_000);
+    match injector.finish() {
+        Ok((r, _)) if r == -i64::from(libc::EINVAL) || r == -i64::from(libc::EPERM) => {
+            skip!("no memory failure injection in this kernel")
+        }
+        // Killed by the signal, or answered.
+        _ => drop(injector),
+    }
+    for i in 0..3 {
+        let got = t.peer(i).load(t.at(i, page))?;
+        ensure!(
+            matches!(got, Err(f) if f.signal == libc::SIGBUS),
+            "member {i} loads from the poisoned page: {got:?}"
+        );
+        t.verify(i, 0..page)?;
+        t.verify(i, page + 1..pages(2))?;
+    }
+    t.model.punch(&t.fd, page..page + 1)?;
+    t.verify_all()?;
+    t.coherent()?;
+    Ok(())
+}
