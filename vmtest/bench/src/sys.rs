@@ -70,13 +70,9 @@ pub fn fix_addresses() -> io::Result<bool> {
     if old & libc::c_long::from(libc::ADDR_NO_RANDOMIZE) != 0 {
         return Ok(false);
     }
+    let fixed = old | libc::c_long::from(libc::ADDR_NO_RANDOMIZE);
     // SAFETY: no pointer is passed.
-    check(
-        unsafe {
-            libc::personality((old | libc::c_long::from(libc::ADDR_NO_RANDOMIZE)) as libc::c_ulong)
-        }
-        .into(),
-    )?;
+    check(unsafe { libc::personality(fixed as libc::c_ulong) }.into())?;
     Ok(true)
 }
 

@@ -82,16 +82,19 @@ impl Server {
             .stdout(log.try_clone()?)
             .stderr(log);
         let postmaster = command.spawn().context("starting the postmaster")?;
-        let server = Server {
+        let mut server = Server {
             postmaster,
             run,
             user: "postgres".into(),
         };
         let start = Instant::now();
         loop {
+            let alive = server.postmaster.try_wait()?.is_none();
             match server.connect() {
                 Ok(_) => break,
-                Err(_) if start.elapsed() < START => std::thread::sleep(Duration::from_millis(100)),
+                Err(_) if alive && start.elapsed() < START => {
+                    std::thread::sleep(Duration::from_millis(100));
+                }
                 Err(e) => {
                     let _ = server.stop(true);
                     return Err(e.context("the server does not answer"));
@@ -123,6 +126,9 @@ impl Server {
                 "the server's log:\n{}",
                 fs::read_to_string(self.run.join("log")).unwrap_or_default()
             );
+        }
+        if let Some(status) = self.postmaster.try_wait()? {
+            bail!("the server ended by itself: {status}");
         }
         // Fast shutdown: sessions are ended, and so is the server.
         sys::signal(self.postmaster.id(), libc::SIGINT)?;

@@ -97,15 +97,15 @@ fn processes(shmem: &File) -> Result<()> {
     let memory = Map::aligned(None, 4 * AREA, Kind::Private)?;
     memory.advise(libc::MADV_NOHUGEPAGE)?;
     memory.write_every(PAGE);
-    sample("unused_fork_16m", fork)?;
-    sample("unused_exit_16m", exit)?;
+    sample("unused_fork_of_16_MiB_anon", fork)?;
+    sample("unused_exit_of_16_MiB_anon", exit)?;
     memory.unmap()?;
 
     let shared = Map::aligned(Some(shmem), AREA, Kind::Shared)?;
     shared.read_every(PAGE);
-    sample("unused_fork_shmem", fork)?;
+    sample("unused_fork_of_4_MiB_shmem", fork)?;
     shared.unmap()?;
-    sample("unused_exit_shmem", || {
+    sample("unused_exit_of_4_MiB_shmem", || {
         sys::fork(|| {
             let map = Map::aligned(Some(shmem), AREA, Kind::Shared)?;
             map.read_every(PAGE);
@@ -202,7 +202,7 @@ fn mappings(shmem: &File, ramfs: &File) -> Result<()> {
                 Ok(())
             })
         })?;
-        sample(&format!("unused_munmap_full_{name}"), || {
+        sample(&format!("unused_munmap_of_1024_pages_{name}"), || {
             let map = Map::aligned(file, AREA, kind)?;
             map.advise(libc::MADV_NOHUGEPAGE)?;
             map.read_every(PAGE);
@@ -211,13 +211,25 @@ fn mappings(shmem: &File, ramfs: &File) -> Result<()> {
         let map = Map::aligned(file, AREA, kind)?;
         map.advise(libc::MADV_NOHUGEPAGE)?;
         map.write_every(PAGE);
-        sample(&format!("unused_mprotect_{name}"), || {
+        sample(&format!("unused_mprotect_of_1024_pages_{name}"), || {
             time(2, || {
                 map.protect(false)?;
                 Ok(map.protect(true)?)
             })
         })?;
         black_box(map.word());
+
+        let page = Map::aligned(file, PAGE, kind)?;
+        page.write_every(PAGE);
+        sample(&format!("unused_mprotect_{name}"), || {
+            time(2 * CALLS, || {
+                for _ in 0..CALLS {
+                    page.protect(false)?;
+                    page.protect(true)?;
+                }
+                Ok(())
+            })
+        })?;
     }
     Ok(())
 }
