@@ -1,9 +1,13 @@
 //! Where things are: the checkout, and the cache outside of it.
 
 use anyhow::{Context, Result};
-use nix::fcntl::{Flock, FlockArg};
+use nix::errno::Errno;
+use nix::fcntl::{fcntl, FcntlArg, FdFlag, Flock, FlockArg};
+use nix::sys::signal::Signal;
 use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 /// The checkout that this program was built from.
 pub fn root() -> &'static Path {
@@ -46,11 +50,18 @@ pub fn cache_dir(name: &str) -> Result<PathBuf> {
 
 /// Takes the lock file `path` for as long as the returned guard lives, and
 /// says what it waits for when another run holds it.
+///
+/// Programs started meanwhile hold the lock too, until the last of them ends:
+/// when this one is killed, a make that it leaves behind must not meet another.
 pub fn lock(path: &Path, what: &str) -> Result<Flock<File>> {
-    let open = || File::create(path).with_context(|| format!("opening {}", path.display()));
+    let open = || -> Result<File> {
+        let file = File::create(path).with_context(|| format!("opening {}", path.display()))?;
+        fcntl(&file, FcntlArg::F_SETFD(FdFlag::empty()))?;
+        Ok(file)
+    };
     match Flock::lock(open()?, FlockArg::LockExclusiveNonblock) {
         Ok(held) => return Ok(held),
-        Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
+        Err((_, Errno::EWOULDBLOCK)) => {
             eprintln!("x: waiting for another run that holds {what}");
         }
         Err((_, e)) => return Err(e).with_context(|| format!("locking {}", path.display())),
@@ -58,4 +69,14 @@ pub fn lock(path: &Path, what: &str) -> Result<Flock<File>> {
     Flock::lock(open()?, FlockArg::LockExclusive)
         .map_err(|(_, e)| e)
         .with_context(|| format!("locking {}", path.display()))
+}
+
+/// Has the command killed by `signal` when the thread that starts it ends, so
+/// that nothing is left behind when this program is killed.
+pub fn die_with_parent(command: &mut Command, signal: Signal) {
+    // SAFETY: the closure runs between fork and exec and makes one system
+    // call; it allocates nothing and takes no lock.
+    unsafe {
+        command.pre_exec(move || Ok(nix::sys::prctl::set_pdeathsig(signal)?));
+    }
 }

@@ -19,12 +19,13 @@ use crate::kernel::{self, Flavor};
 use crate::splat::{Matcher, Splat};
 use crate::{guest, paths};
 use anyhow::{bail, ensure, Context, Result};
+use nix::sys::signal::Signal;
 use nix::sys::stat::Mode;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::{self, JoinHandle};
@@ -304,14 +305,7 @@ impl Vm {
         qemu.stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
-        // SAFETY: the closure runs between fork and exec and makes system
-        // calls only; it allocates nothing and takes no lock.
-        unsafe {
-            qemu.pre_exec(|| {
-                nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
-                Ok(())
-            });
-        }
+        paths::die_with_parent(&mut qemu, Signal::SIGKILL);
         Ok(qemu)
     }
 

@@ -2,9 +2,10 @@
 //! line, the whole log in a file and the first error shown.
 
 use super::{config, source::Source, Flavor};
-use crate::tools::Toolchain;
+use crate::{paths, tools::Toolchain};
 use anyhow::{bail, Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
+use nix::sys::signal::Signal;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -101,6 +102,7 @@ fn make(tree: &Path, out: &Path, tools: &Toolchain) -> Command {
         .env("KBUILD_BUILD_VERSION", "1")
         .stdin(Stdio::null());
     tools.apply(&mut make);
+    paths::die_with_parent(&mut make, Signal::SIGTERM);
     make
 }
 

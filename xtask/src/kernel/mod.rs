@@ -3,9 +3,10 @@
 //!
 //! ```text
 //! CACHE/kernel/6.12.117-1_deb12u1/   one directory per version of Debian's source
-//!     lock                           held by whoever prepares or builds
+//!     lock-FLAVOR                    held by whoever prepares or builds that flavor
 //!     pristine/                      the source as packaged; what `stock` is built from
-//!     patched/                       with series and overlay; `release` and `debug`
+//!     patched/, patched-debug/       with series and overlay, for `release` and `debug`:
+//!                                    one each, so that a build holds nobody else up
 //!     out-FLAVOR/                    make's O= directory, kept for incremental builds
 //!     images/FLAVOR-KEY/             bzImage, config: finished, never changed again
 //!     build-FLAVOR.log               the last build's whole output
@@ -50,7 +51,22 @@ impl Flavor {
 
     /// Whether the series and the overlay are in it.
     pub fn patched(self) -> bool {
-        self != Flavor::Stock
+        self.patched_tree().is_some()
+    }
+
+    /// The name of its source tree, when that is not the pristine one.
+    fn patched_tree(self) -> Option<&'static str> {
+        match self {
+            Flavor::Release => Some("patched"),
+            Flavor::Debug => Some("patched-debug"),
+            Flavor::Stock => None,
+        }
+    }
+
+    fn lock(self, source: &Source) -> Result<impl Drop> {
+        let file = source.dir.join(format!("lock-{}", self.name()));
+        let what = format!("the build directory of the {} kernel", self.name());
+        paths::lock(&file, &what)
     }
 
     /// The fragments in `kernel/configs` that make its configuration.
@@ -141,13 +157,13 @@ pub fn ensure(flavor: Flavor) -> Result<Image> {
         return Ok(image);
     }
     source.announce();
-    let _lock = paths::lock(&source.dir.join("lock"), "the kernel's build directory")?;
+    let _lock = flavor.lock(&source)?;
     let (image, tree) = loop {
         let image = self::image(flavor, &source, &tools)?;
         if image.complete() {
             return Ok(image);
         }
-        let tree = source.prepare(flavor.patched())?;
+        let tree = source.prepare(flavor.patched_tree())?;
         // The inputs may have changed while they were copied, and the image
         // must be what its key says.
         if self::image(flavor, &source, &tools)?.dir == image.dir {
@@ -173,8 +189,8 @@ pub fn path(flavor: Flavor) -> Result<Image> {
 /// Prepares the source tree of `flavor` and returns its path.
 pub fn source_tree(flavor: Flavor) -> Result<PathBuf> {
     let source = Source::find()?;
-    let _lock = paths::lock(&source.dir.join("lock"), "the kernel's build directory")?;
-    source.prepare(flavor.patched())
+    let _lock = flavor.lock(&source)?;
+    source.prepare(flavor.patched_tree())
 }
 
 fn image(flavor: Flavor, source: &Source, tools: &Toolchain) -> Result<Image> {

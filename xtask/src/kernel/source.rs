@@ -1,8 +1,8 @@
-//! The kernel's source: Debian's package unpacked once, and a second tree with
-//! the series and the overlay, in which an update touches only the files whose
+//! The kernel's source: Debian's package unpacked once, and trees with the
+//! series and the overlay, in which an update touches only the files whose
 //! content changes, so that make rebuilds only what depends on them.
 //!
-//! The patched tree starts as hard links to the pristine one. A file of it is
+//! A patched tree starts as hard links to the pristine one. A file of it is
 //! only ever replaced by rename, never written in place, which both leaves the
 //! pristine tree alone and makes a kill at any moment harmless: the list of
 //! files that may differ is written before the first of them is touched.
@@ -65,16 +65,17 @@ impl Source {
         self.dir.join("pristine")
     }
 
-    /// Brings a tree up to date and returns it. The caller holds the lock.
-    pub fn prepare(&self, patched: bool) -> Result<PathBuf> {
+    /// Brings the patched tree `name`, or the pristine one, up to date and
+    /// returns it. The caller holds the tree's lock.
+    pub fn prepare(&self, name: Option<&str>) -> Result<PathBuf> {
         self.unpack()?;
-        if !patched {
+        let Some(name) = name else {
             return Ok(self.pristine());
-        }
-        let tree = self.dir.join("patched");
+        };
+        let tree = self.dir.join(name);
         if !tree.exists() {
-            eprintln!("x: making the tree for the series");
-            let partial = self.dir.join("patched.partial");
+            eprintln!("x: making the source tree {name}");
+            let partial = self.dir.join(format!("{name}.partial"));
             remove_tree(&partial)?;
             run(Command::new("cp")
                 .arg("-al")
@@ -88,6 +89,7 @@ impl Source {
 
     fn unpack(&self) -> Result<()> {
         let pristine = self.pristine();
+        let _lock = paths::lock(&self.dir.join("lock"), "the kernel's source")?;
         if pristine.exists() {
             return Ok(());
         }
