@@ -3,7 +3,7 @@
 //!
 //! ```no_run
 //! let outcome = Vm::new(Flavor::Release)
-//!     .mem("4G").smp(2).append("vm.ptshare=2")
+//!     .mem("4G").smp(2).append("ptshare=2")
 //!     .timeout(Duration::from_secs(60))
 //!     .run(&["cat", "/proc/vmstat"])?
 //!     .expect_success()?;
