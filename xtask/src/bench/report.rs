@@ -80,6 +80,11 @@ const FIXED: &[(&str, &str, Limit)] = &[
         "  the same when one process maps it",
         Limit::None,
     ),
+    (
+        "reclaim_dense",
+        "  the same with 200, pages that are hard to compress",
+        Limit::None,
+    ),
 ];
 
 /// Figures whose names begin so are of those who do not use the feature.

@@ -20,15 +20,26 @@ const CGROUPS: &str = "/sys/fs/cgroup";
 pub fn run() -> Result<()> {
     swap_to_zram().context("setting compressed swap up")?;
     let group = control_group().context("making a control group")?;
-    measure(&group, "", PROCESSES)?;
+    measure(&group, "", PROCESSES, Content::Number)?;
     // What is left when the page tables cost next to nothing: compression, above all.
-    measure(&group, "_one", 1)
+    measure(&group, "_one", 1, Content::Number)?;
+    measure(&group, "_dense", PROCESSES, Content::Records)
 }
 
-fn measure(group: &str, suffix: &str, processes: usize) -> Result<()> {
+/// What is in the pages.
+#[derive(Clone, Copy)]
+enum Content {
+    /// A number, and zeros. It goes through the compressor, and cheaply, so that the page tables show.
+    Number,
+    /// Records of a table's kind, half numbers and half padding. The compressor needs as long for one of
+    /// these pages as the unpatched kernel for 65 page-table entries.
+    Records,
+}
+
+fn measure(group: &str, suffix: &str, processes: usize, content: Content) -> Result<()> {
     let (mut whole, mut per_page) = (Samples::default(), Samples::default());
     for round in 0..REPEATS {
-        let (instructions, pages) = reclaim(group, processes)?;
+        let (instructions, pages) = reclaim(group, processes, content)?;
         progress!(
             "reclaim {round} of memory that {processes} map: {pages} pages in {instructions} instructions"
         );
@@ -72,9 +83,9 @@ fn control_group() -> Result<String> {
 }
 
 /// Instructions of the call, and the pages that went to swap by it.
-fn reclaim(group: &str, processes: usize) -> Result<(f64, f64)> {
+fn reclaim(group: &str, processes: usize, content: Content) -> Result<(f64, f64)> {
     let mut file = sys::memfd("reclaim", FILE, 0)?;
-    fill(&mut file)?;
+    fill(&mut file, content)?;
     let crowd = Crowd::gather(processes, || {
         let map = Map::aligned(Some(&file), FILE, Kind::Shared)?;
         map.read_every(PAGE);
@@ -101,17 +112,22 @@ fn reclaim(group: &str, processes: usize) -> Result<(f64, f64)> {
     Ok((took as f64, pages as f64))
 }
 
-/// Fills with records of a table's kind: half of the bytes are numbers, the other half padding.
-fn fill(file: &mut fs::File) -> Result<()> {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let mut page = [b' '; PAGE];
+fn fill(file: &mut fs::File, content: Content) -> Result<()> {
+    let mut random = 0x9e37_79b9_7f4a_7c15_u64;
     file.seek(SeekFrom::Start(0))?;
-    for _ in 0..FILE / PAGE {
-        for record in page.chunks_exact_mut(16) {
-            state = state
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1_442_695_040_888_963_407);
-            record[..8].copy_from_slice(&state.to_ne_bytes());
+    for number in 1..=(FILE / PAGE) as u64 {
+        let mut page = [0; PAGE];
+        match content {
+            Content::Number => page[..8].copy_from_slice(&number.to_ne_bytes()),
+            Content::Records => {
+                page.fill(b' ');
+                for record in page.chunks_exact_mut(16) {
+                    random = random
+                        .wrapping_mul(6_364_136_223_846_793_005)
+                        .wrapping_add(1_442_695_040_888_963_407);
+                    record[..8].copy_from_slice(&random.to_ne_bytes());
+                }
+            }
         }
         file.write_all(&page)?;
     }
