@@ -11,10 +11,12 @@ mod leave;
 mod machine;
 mod mapspt;
 mod modes;
+mod ops;
 mod oracle;
 mod peer;
 mod sys;
 mod team;
+mod tlb;
 mod transparent;
 
 use clap::{Parser, Subcommand};
@@ -70,6 +72,8 @@ fn selected(filter: &str) -> Vec<harness::Test> {
         leave::tests(),
         mapspt::tests(),
         inplace::tests(),
+        tlb::tests(),
+        ops::tests(),
     ];
     let wanted = |t: &harness::Test| filter.split(',').any(|f| t.name.contains(f));
     all.into_iter().flatten().filter(wanted).collect()

@@ -8,6 +8,7 @@ use crate::sys::{self, Errno, Fault, Sys, GRANULE, PAGE};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A function to run in a peer: numbers and bytes in, a number and bytes out.
 pub type Remote = fn(&[u64], &[u8]) -> (i64, Vec<u8>);
@@ -255,6 +256,8 @@ fn fork_here(_: &[u64], _: &[u8]) -> (i64, Vec<u8>) {
     match sys::fork() {
         Ok(0) => {
             drop(a);
+            // The parent's end must close when the parent goes, so no copy of it stays here.
+            sys::syscall(libc::SYS_close, &[SERVING.load(Ordering::Relaxed)]).ok();
             serve(b)
         }
         Ok(pid) => {
@@ -265,8 +268,12 @@ fn fork_here(_: &[u64], _: &[u8]) -> (i64, Vec<u8>) {
     }
 }
 
+/// The descriptor this peer takes its commands from.
+static SERVING: AtomicU64 = AtomicU64::new(0);
+
 /// The life of a peer: obey until the other end closes.
 fn serve(pipe: OwnedFd) -> ! {
+    SERVING.store(pipe.as_raw_fd() as u64, Ordering::Relaxed);
     let mut pipe = File::from(pipe);
     loop {
         let mut head = [0u8; HEADER * 8];
