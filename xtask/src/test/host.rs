@@ -67,7 +67,7 @@ fn quiet(mut command: Command) -> Result<()> {
 fn cargo_test(tally: &mut Tally, filter: Option<&str>) {
     let mut command = cargo(&["test", "--workspace", "--no-fail-fast"]);
     if let Some(filter) = filter {
-        command.arg(filter);
+        command.arg("--").args(filter.split(','));
     }
     let ran = (|| -> Result<(bool, String)> {
         let errors = tempfile::tempfile()?;

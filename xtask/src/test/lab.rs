@@ -52,7 +52,7 @@ pub fn run(tally: &mut Tally, filter: Option<&str>) {
     ];
     for (name, case) in cases {
         let name = format!("lab {name}");
-        if filter.is_none_or(|f| name.contains(f)) {
+        if super::wanted(filter, &name) {
             tally.try_one(&name, case);
         }
     }
