@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
 //! `./x bench`: the figures that the project promises, measured on the stock
 //! kernel and on ours, and judged.
 //!
@@ -12,7 +13,7 @@ use crate::vm::Vm;
 use crate::{guest, paths};
 use anyhow::{bail, Context, Result};
 use clap::{Args, Parser, Subcommand};
-pub use report::Report;
+pub use report::{grouped, Report};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};

@@ -18,6 +18,10 @@ fn main() -> ExitCode {
     let done = match args.split_first() {
         Some((verb, rest)) if verb == "share" => share::run(rest),
         Some((verb, rest)) if verb == "pgdemo" => pgdemo::run(rest),
+        Some((verb, [])) if verb == "scan-query" => {
+            println!("{}", pgdemo::SCAN);
+            Ok(())
+        }
         _ => Err(anyhow::anyhow!(
             "usage: guest-bench share PART [--ask] | pgdemo OPTIONS"
         )),

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 const TABLE: &str = "pgbench_accounts";
 
 /// Reads every row once. Neither the sum nor the exclusive or depends on the order of the rows.
-const SCAN: &str = "SELECT concat_ws('/', count(*), sum(abalance), \
+pub const SCAN: &str = "SELECT concat_ws('/', count(*), sum(abalance), \
      to_hex(bit_xor(hashint8extended((aid::int8 << 32) # abalance, bid)))) FROM pgbench_accounts";
 
 /// What to run.
@@ -152,6 +152,7 @@ fn drive(server: &Server, options: &Options) -> Result<()> {
 /// Brings the whole table into the shared buffers, and says what was set up. Returns the table's blocks.
 fn prepare(server: &Server) -> Result<i64> {
     let mut client = server.connect()?;
+    progress!("reading the table into the shared buffers");
     let start = Instant::now();
     let loaded: i64 = client
         .query_one("SELECT pg_prewarm($1::text::regclass)", &[&TABLE])?

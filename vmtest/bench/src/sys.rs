@@ -347,6 +347,13 @@ pub fn mount(source: &str, target: &str, fstype: &str, options: &str) -> io::Res
     check(ret.into()).map(drop)
 }
 
+/// `umount(2)`: what was written is on the device afterwards.
+pub fn unmount(target: &str) -> io::Result<()> {
+    let target = c_string(target)?;
+    // SAFETY: a NUL-terminated string that outlives the call.
+    check(unsafe { libc::umount(target.as_ptr()) }.into()).map(drop)
+}
+
 /// `swapon(2)`.
 pub fn swap_on(device: &str) -> io::Result<()> {
     let device = c_string(device)?;

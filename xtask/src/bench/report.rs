@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
 //! Figures of two kernels next to each other, and the limits they must keep.
 
 use crate::kernel::Flavor;

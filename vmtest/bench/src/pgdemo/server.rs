@@ -37,6 +37,8 @@ pub struct Server {
     postmaster: Child,
     run: PathBuf,
     user: String,
+    /// Whether the data is on a disk of its own.
+    mounted: bool,
 }
 
 impl Server {
@@ -86,6 +88,7 @@ impl Server {
             postmaster,
             run,
             user: "postgres".into(),
+            mounted: settings.disk.is_some(),
         };
         let start = Instant::now();
         loop {
@@ -140,6 +143,9 @@ impl Server {
                 bail!("the server did not stop");
             }
             std::thread::sleep(Duration::from_millis(50));
+        }
+        if self.mounted {
+            sys::unmount(MOUNT).context("unmounting the data")?;
         }
         Ok(())
     }
