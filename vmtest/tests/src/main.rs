@@ -4,6 +4,10 @@
 //! check that no shared table and no link is left. With `--stock` the same operations run without
 //! asking for sharing, which shows that the expectations are those of an ordinary kernel.
 
+mod allocfail;
+mod concurrent;
+mod faults;
+mod fork;
 mod harness;
 mod inplace;
 mod kernel;
@@ -11,6 +15,7 @@ mod leave;
 mod machine;
 mod mapspt;
 mod modes;
+mod observe;
 mod ops;
 mod oracle;
 mod peer;
@@ -74,6 +79,11 @@ fn selected(filter: &str) -> Vec<harness::Test> {
         inplace::tests(),
         tlb::tests(),
         ops::tests(),
+        observe::tests(),
+        faults::tests(),
+        fork::tests(),
+        concurrent::tests(),
+        allocfail::tests(),
     ];
     let wanted = |t: &harness::Test| filter.split(',').any(|f| t.name.contains(f));
     all.into_iter().flatten().filter(wanted).collect()

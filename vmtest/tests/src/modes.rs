@@ -27,7 +27,8 @@ group!("modes";
     unsupported_prctl_is_einval,
 );
 
-/// What this binary does when a test executes it. `get` prints the prctl setting.
+/// What this binary does when a test executes it: `get` prints the prctl setting, `nothing` ends at
+/// once, `wait` never does.
 pub fn helper(name: &str, _args: &[String]) -> ExitCode {
     match name {
         "get" => match sys::get_ptshare() {
@@ -36,6 +37,11 @@ pub fn helper(name: &str, _args: &[String]) -> ExitCode {
                 ExitCode::SUCCESS
             }
             Err(_) => ExitCode::FAILURE,
+        },
+        "nothing" => ExitCode::SUCCESS,
+        // Until it is killed.
+        "wait" => loop {
+            std::thread::sleep(std::time::Duration::from_secs(1));
         },
         _ => ExitCode::from(2),
     }
