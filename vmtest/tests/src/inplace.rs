@@ -30,11 +30,13 @@ group!("inplace";
     pageout_by_one_process(180),
     reclaim_clean_file_pages(180),
     referenced_bits_can_be_cleared,
+    idle_pages_are_tracked,
     writeback_then_store_again(120),
     writeback_reaches_the_disk(120),
     writeback_by_msync_of_one_process(120),
     move_pages_between_nodes,
     migrate_pages_of_a_process,
+    numa_balancing,
     compaction(180),
     collapse_by_madvise,
     collapse_then_punch,
@@ -363,6 +365,64 @@ fn referenced_bits_can_be_cleared(ctx: &Ctx) -> Res {
     Ok(())
 }
 
+/// Idle page tracking: the touch of any sharer counts, and tracking does not unshare.
+fn idle_pages_are_tracked(ctx: &Ctx) -> Res {
+    let Ok(bitmap) = fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/sys/kernel/mm/page_idle/bitmap")
+    else {
+        skip!("no idle page tracking in this kernel")
+    };
+    let t = Team::new(ctx, 3, 2)?;
+    // Pages that were just allocated may not be on the LRU lists yet, where tracking finds them.
+    fs::write("/proc/sys/vm/drop_caches", "1")?;
+    let frames: Vec<u64> = kernel::pagemap(t.peer(0).pid, t.at(0, 0), pages(2))?
+        .iter()
+        .map(|e| e & ((1 << 55) - 1))
+        .collect();
+    let idle = |frame: u64| -> Res<bool> {
+        let mut word = [0; 8];
+        sys::pread(&bitmap, &mut word, frame / 64 * 8)?;
+        Ok(u64::from_ne_bytes(word) >> (frame % 64) & 1 == 1)
+    };
+    let mark = |frame: u64| {
+        sys::pwrite(
+            &bitmap,
+            &(1u64 << (frame % 64)).to_ne_bytes(),
+            frame / 64 * 8,
+        )
+    };
+    let mut tracked = 0;
+    for page in (0..pages(2)).step_by(100) {
+        let frame = frames[page as usize];
+        mark(frame)?;
+        if !idle(frame)? {
+            continue;
+        }
+        tracked += 1;
+        // Marking does not flush, so that a touch through an old translation is not seen; a few
+        // process switches later it is.
+        let toucher = tracked % 3;
+        let deadline = Instant::now() + Duration::from_secs(5);
+        loop {
+            t.peer(toucher).touch(t.at(toucher, page), 1)?;
+            if !idle(frame)? {
+                break;
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "page {page} is still idle after member {toucher} touched it"
+            );
+        }
+    }
+    if tracked == 0 {
+        skip!("no page could be marked idle");
+    }
+    t.verify_all()?;
+    t.expect_all(2)
+}
+
 // ---- writeback ----
 
 /// Reads a page past the page cache.
@@ -535,6 +595,47 @@ fn migrate_pages_of_a_process(ctx: &Ctx) -> Res {
         t.coherent()?;
     }
     Ok(())
+}
+
+/// NUMA balancing leaves shared tables alone, or at least contents and sharing.
+fn numa_balancing(ctx: &Ctx) -> Res {
+    two_nodes()?;
+    let _on = Setting::set("/proc/sys/kernel/numa_balancing", "1")?;
+    let _scan: Vec<_> = [
+        ("scan_delay_ms", "1"),
+        ("scan_period_min_ms", "10"),
+        ("scan_period_max_ms", "50"),
+    ]
+    .iter()
+    .filter_map(|(n, v)| {
+        Setting::set(&format!("/sys/kernel/debug/sched/numa_balancing/{n}"), v).ok()
+    })
+    .collect();
+    let mut t = Team::new(ctx, 3, 3)?;
+    let spin: Remote = |a, _| {
+        sys::pin_to_cpu(a[2] as usize);
+        let end = Instant::now() + Duration::from_millis(a[3]);
+        while Instant::now() < end {
+            for n in 0..a[1] {
+                if let Err(f) = sys::load64(a[0] + n * PAGE) {
+                    return (1, format!("page {n}: {f:?}").into_bytes());
+                }
+            }
+        }
+        (0, vec![])
+    };
+    let time = ctx.duration(3, 30).as_millis() as u64;
+    for i in 0..3 {
+        t.peer(i)
+            .start(spin, &[t.at(i, 0), pages(3), i as u64, time], &[])?;
+    }
+    for i in 0..3 {
+        let (r, why) = t.peer(i).finish()?;
+        ensure_eq!(r, 0, "member {i}: {}", String::from_utf8_lossy(&why));
+    }
+    t.verify_all()?;
+    t.expect_all(3)?;
+    t.coherent()
 }
 
 /// Compaction migrates pages that are mapped through shared tables.

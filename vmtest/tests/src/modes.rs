@@ -290,7 +290,7 @@ fn always_shares_without_asking(ctx: &Ctx) -> Res {
 /// On a kernel without the feature the prctl numbers are free, which is how programs detect it.
 fn unsupported_prctl_is_einval(ctx: &Ctx) -> Res {
     if ctx.sharing || kernel::mode().is_some() {
-        crate::skip!("this kernel has the feature");
+        crate::skip!("is about kernels without the feature");
     }
     einval(&[PR_SET_PTSHARE, 1], "PR_SET_PTSHARE")?;
     einval(&[PR_GET_PTSHARE], "PR_GET_PTSHARE")
