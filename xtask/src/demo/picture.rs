@@ -38,6 +38,7 @@ fn plot(path: &Path, runs: &[Run]) -> std::result::Result<(), Box<dyn std::error
         .x_desc("backends that have scanned the whole table")
         .y_desc("PageTables of /proc/meminfo [MiB]")
         .label_style(("sans-serif", 14))
+        .y_label_formatter(&|y| format!("{y:.0}"))
         .light_line_style(WHITE)
         .draw()?;
     for (run, color) in runs.iter().zip(COLORS) {
