@@ -63,7 +63,8 @@ fn vm(flavor: Flavor) -> Vm {
         .mem("1G")
         .smp(1)
         .cwd("/")
-        .timeout(Duration::from_secs(120))
+        // Seconds on an idle machine; on a busy one, none of these is to fail.
+        .timeout(Duration::from_secs(300))
 }
 
 fn shell(script: &str) -> Result<Outcome> {
