@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! File tables: the PTEs of page-cache pages, shared by all who map the same granule of a file
+//! with the same protection.
+//!
+//! A file table is written in place by whoever faults first, and holds no anonymous page, ever. So
+//! dropping its PTEs is never visible to a program, and leaving it is always legal.
+
+use crate::core_logic::count::{self, Leave};
+use crate::core_logic::granule::Granule;
+use crate::core_logic::key::Key;
+use crate::mode;
+use crate::sys::entry::{Slot, Upper};
+use crate::sys::flush;
+use crate::sys::index::Chain;
+use crate::sys::table::{Locked, Table};
+use crate::sys::vma::{Facts, Fault, File, Mm, Vma};
+
+impl Facts {
+    /// Would the mapping share tables now, whatever its place?
+    fn eligible(&self) -> bool {
+        self.page_cache && !self.excluded && mode().applies(self.explicit, self.asked)
+    }
+
+    /// The file and the granule around `addr`, if its table can be shared.
+    fn granule(&self, addr: u64) -> Option<(File, Granule)> {
+        if !self.eligible() {
+            return None;
+        }
+        Some((self.file?, self.span.granule(addr)?))
+    }
+
+    fn key(&self, granule: Granule) -> Key {
+        Key::new(granule, self.class)
+    }
+}
+
+/// A fault found no table: links the file's, if there is one, and those of the granules around it.
+///
+/// Returns whether the fault's entry has something in it now.
+pub(crate) fn link(fault: &Fault<'_>) -> bool {
+    let facts = fault.vma().facts();
+    let Some((file, granule)) = facts.granule(fault.address()) else {
+        return false;
+    };
+    let mut upper = fault.upper(facts.mm);
+    if !link_one(&mut upper, file, granule, &facts) {
+        return false;
+    }
+    for start in facts.span.window(granule.start) {
+        if let Some(neighbour) = facts.span.granule(start) {
+            link_one(&mut upper, file, neighbour, &facts);
+        }
+    }
+    true
+}
+
+/// Links one granule's table, if it exists. Returns whether the entry has something in it now.
+fn link_one(upper: &mut Upper<'_>, file: File, granule: Granule, facts: &Facts) -> bool {
+    let Some(mut entry) = upper.entry(granule.start) else {
+        return false;
+    };
+    if !matches!(entry.slot(), Slot::Empty) {
+        return true;
+    }
+    let found = Chain::lock(file, granule.index)
+        .and_then(|chain| chain.find(file, facts.key(granule)));
+    match found {
+        Some(link) => {
+            entry.set(link);
+            true
+        }
+        None => false,
+    }
+}
+
+/// A fault is about to install the table that it allocated: publishes it, or links the one that
+/// somebody else has published since.
+///
+/// Returns whether the fault's entry has something in it now; the fault keeps its table when that
+/// was not needed. Takes only spinlocks and allocates nothing.
+pub(crate) fn install(fault: &mut Fault<'_>) -> bool {
+    let facts = fault.vma().facts();
+    let Some((file, granule)) = facts.granule(fault.address()) else {
+        return false;
+    };
+    let mut upper = fault.upper(facts.mm);
+    let Some(mut entry) = upper.entry(granule.start) else {
+        return false;
+    };
+    if !matches!(entry.slot(), Slot::Empty) {
+        return true;
+    }
+    let Some(chain) = Chain::lock(file, granule.index) else {
+        return false;
+    };
+    let key = facts.key(granule);
+    let link = match chain.find(file, key) {
+        Some(link) => link,
+        None => match fault.fresh() {
+            Some(fresh) => chain.insert(fresh, file, key),
+            None => return false,
+        },
+    };
+    drop(chain);
+    entry.set(link);
+    true
+}
+
+/// Leaves the table of the granule at `start`, if it is shared: either the entry is cleared and
+/// what this mm has cached of it flushed, or this was the last sharer and the table is its own.
+///
+/// Returns whether the entry was cleared.
+pub(crate) fn leave(upper: &mut Upper<'_>, start: u64) -> bool {
+    let mm = upper.mm();
+    let Some(mut entry) = upper.entry(start) else {
+        return false;
+    };
+    let Slot::Table(table) = entry.slot() else {
+        return false;
+    };
+    if !table.is_shared() {
+        return false;
+    }
+    let locked = table.lock();
+    match count::leave(&table) {
+        Leave::Last => {
+            take_back(&locked, mm);
+            false
+        }
+        Leave::Others => {
+            entry.clear(&locked).flush().release(&locked, mm);
+            true
+        }
+    }
+}
+
+/// The mm has brought the count to 0: makes the table an ordinary one of its own.
+fn take_back(locked: &Locked<'_>, mm: Mm) {
+    let table: Table<'_> = locked.table();
+    let (file, key) = table.identity();
+    if let Some(chain) = Chain::lock(file, key.index()) {
+        chain.remove(table);
+    }
+    // Its PTEs may have been cleared on behalf of sharers with the flush put off: this mm's own
+    // bookkeeping knows nothing of that.
+    flush::pending();
+    locked.give_to(mm, file);
+}
+
+/// Leaves every shared table that the mapping links in `from..to`.
+pub(crate) fn leave_range(vma: Vma<'_>, from: u64, to: u64) {
+    let span = vma.facts().span;
+    for start in span.touched(from, to) {
+        if !span.covers(start) {
+            continue;
+        }
+        if let Some(mut upper) = vma.upper(start) {
+            leave(&mut upper, start);
+        }
+    }
+}
+
+/// Leaves every shared table of the mm whose mapping would not share now.
+pub(crate) fn leave_ineligible(mm: Mm) {
+    mm.for_each_vma_locked(|vma| {
+        let facts = vma.facts();
+        if !facts.eligible() {
+            leave_range(vma, facts.span.start, facts.span.end);
+        }
+    });
+}

@@ -1,0 +1,297 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Inline functions and macros for mm/ptshare/sys.
+ */
+
+#ifdef CONFIG_PTSHARE
+
+#include <linux/hugetlb.h>
+#include <linux/mm.h>
+#include <linux/mman.h>
+#include <linux/mmu_notifier.h>
+#include <linux/pagemap.h>
+#include <linux/ptshare.h>
+#include <linux/sched/coredump.h>
+#include <linux/sched/mm.h>
+#include <linux/shm.h>
+#include <linux/shmem_fs.h>
+#include <linux/slab.h>
+#include <linux/swapops.h>
+#include <linux/userfaultfd_k.h>
+#include <linux/vmstat.h>
+#include <asm/pgalloc.h>
+#include <asm/tlbflush.h>
+
+/* The VMA is stable: its lock or the mmap lock is held. */
+void rust_helper_ptshare_vma_facts(struct vm_area_struct *vma,
+				   struct ptshare_vma_facts *facts)
+{
+	const struct vm_operations_struct *ops = vma->vm_ops;
+	vm_flags_t flags = vma->vm_flags;
+
+	facts->mm = vma->vm_mm;
+	facts->mapping = vma->vm_file ? vma->vm_file->f_mapping : NULL;
+	facts->start = vma->vm_start;
+	facts->end = vma->vm_end;
+	facts->pgoff = vma->vm_pgoff;
+	facts->page_prot = pgprot_val(vma->vm_page_prot);
+	facts->access = flags & VM_ACCESS_FLAGS;
+	/* System V segments call the fault handler of tmpfs themselves. */
+	facts->page_cache = (flags & VM_MAYSHARE) && vma->vm_file && ops &&
+			    (ops->map_pages == filemap_map_pages ||
+			     vma_is_shm(vma)) &&
+			    !vma_is_dax(vma) && !is_vm_hugetlb_page(vma) &&
+			    !(flags & (VM_PFNMAP | VM_MIXEDMAP | VM_IO));
+	facts->excluded = (flags & (VM_LOCKED | __VM_UFFD_FLAGS)) ||
+			  vma->anon_vma || userfaultfd_armed(vma) ||
+			  (IS_ENABLED(CONFIG_MEM_SOFT_DIRTY) &&
+			   !(flags & VM_SOFTDIRTY)) ||
+			  mm_has_notifiers(vma->vm_mm);
+	facts->asked = test_bit(MMF_PTSHARE, &vma->vm_mm->flags);
+	facts->explicitly = flags & VM_SHARED_PT;
+}
+
+bool rust_helper_ptshare_pmd_none(pmd_t *pmd)
+{
+	return pmd_none(pmdp_get_lockless(pmd));
+}
+
+/* The PTE table that an entry points at, NULL if it points at none. */
+struct ptdesc *rust_helper_ptshare_pmd_table(pmd_t *pmd)
+{
+	pmd_t pmdval = pmdp_get_lockless(pmd);
+
+	if (!pmd_present(pmdval) || pmd_leaf(pmdval) || pmd_bad(pmdval))
+		return NULL;
+	return page_ptdesc(pmd_page(pmdval));
+}
+
+void rust_helper_ptshare_pmd_populate(struct mm_struct *mm, pmd_t *pmd,
+				      struct ptdesc *table)
+{
+	/* As in pmd_install(): the table is seen whole or not at all. */
+	smp_wmb();
+	pmd_populate(mm, pmd, ptdesc_page(table));
+}
+
+void rust_helper_pmd_clear(pmd_t *pmd)
+{
+	pmd_clear(pmd);
+}
+
+spinlock_t *rust_helper_pmd_lock(struct mm_struct *mm, pmd_t *pmd)
+{
+	return pmd_lock(mm, pmd);
+}
+
+spinlock_t *rust_helper_ptshare_table_lock(struct ptdesc *table)
+{
+	spinlock_t *ptl = ptlock_ptr(table);
+
+	/* The PMD lock, which has the same class, is held. */
+	spin_lock_nested(ptl, SINGLE_DEPTH_NESTING);
+	return ptl;
+}
+
+/* Does rss count what this entry is?  A page, or one on its way. */
+bool rust_helper_ptshare_pte_counts(struct ptdesc *table, unsigned int index)
+{
+	pte_t pte = ptep_get((pte_t *)ptdesc_address(table) + index);
+
+	return pte_present(pte) ||
+	       (is_swap_pte(pte) && is_migration_entry(pte_to_swp_entry(pte)));
+}
+
+bool rust_helper_ptshare_pte_maps(struct ptdesc *table, unsigned int index,
+				  const struct page *page)
+{
+	pte_t pte = ptep_get((pte_t *)ptdesc_address(table) + index);
+
+	return pte_present(pte) && pte_pfn(pte) == page_to_pfn(page);
+}
+
+int rust_helper_ptshare_count_read(struct ptdesc *table)
+{
+	return atomic_read(&table->pt_share_count);
+}
+
+int rust_helper_ptshare_count_cmpxchg(struct ptdesc *table, int old, int new)
+{
+	return atomic_cmpxchg(&table->pt_share_count, old, new);
+}
+
+int rust_helper_ptshare_count_dec(struct ptdesc *table)
+{
+	return atomic_dec_return(&table->pt_share_count);
+}
+
+void rust_helper_ptshare_count_set(struct ptdesc *table, int count)
+{
+	atomic_set(&table->pt_share_count, count);
+}
+
+void rust_helper_ptshare_mm_links_add(struct mm_struct *mm, long delta)
+{
+	atomic_long_add(delta, &mm->ptshare_links);
+}
+
+/* The mm owns one PTE table more, which maps @pages pages of @mapping. */
+void rust_helper_ptshare_mm_own(struct mm_struct *mm, long pages,
+				struct address_space *mapping)
+{
+	mm_inc_nr_ptes(mm);
+	add_mm_counter(mm, shmem_mapping(mapping) ? MM_SHMEMPAGES :
+						    MM_FILEPAGES, pages);
+}
+
+/* Bindings are generated as for a module, to which the TLB is not shown. */
+#ifndef MODULE
+void ptshare_arch_flush_granule(struct mm_struct *mm, unsigned long start)
+{
+	/*
+	 * As if the table were freed, for it may be, by another mm: CPUs that
+	 * only borrow this mm must not walk it any more either.
+	 */
+	flush_tlb_mm_range(mm, start, start + PMD_SIZE, PAGE_SHIFT, true);
+}
+
+void ptshare_arch_flush_all(void)
+{
+	flush_tlb_all();
+}
+#endif
+
+long rust_helper_atomic_long_read(const atomic_long_t *v)
+{
+	return atomic_long_read(v);
+}
+
+bool rust_helper_atomic_long_try_cmpxchg(atomic_long_t *v, long *old, long new)
+{
+	return atomic_long_try_cmpxchg(v, old, new);
+}
+
+void rust_helper_atomic_long_add(long i, atomic_long_t *v)
+{
+	atomic_long_add(i, v);
+}
+
+void rust_helper_count_vm_event(enum vm_event_item item)
+{
+	count_vm_event(item);
+}
+
+struct ptshare_bucket *rust_helper_ptshare_alloc_buckets(size_t n)
+{
+	struct ptshare_bucket *buckets = kvcalloc(n, sizeof(*buckets),
+						  GFP_KERNEL);
+	size_t i;
+
+	for (i = 0; buckets && i < n; i++)
+		spin_lock_init(&buckets[i].lock);
+	return buckets;
+}
+
+unsigned long rust_helper_totalram_pages(void)
+{
+	return totalram_pages();
+}
+
+bool rust_helper_ptshare_enabled(void)
+{
+	return ptshare_enabled();
+}
+
+void rust_helper_ptshare_enable(void)
+{
+	static_branch_enable(&ptshare_key);
+}
+
+struct mm_struct *rust_helper_ptshare_current_mm(void)
+{
+	return current->mm;
+}
+
+bool rust_helper_ptshare_mm_asked(struct mm_struct *mm)
+{
+	return test_bit(MMF_PTSHARE, &mm->flags);
+}
+
+void rust_helper_ptshare_mm_ask(struct mm_struct *mm, bool ask)
+{
+	if (ask)
+		set_bit(MMF_PTSHARE, &mm->flags);
+	else
+		clear_bit(MMF_PTSHARE, &mm->flags);
+}
+
+/* Is this a file whose pages are in the page cache, as far as one can tell? */
+bool rust_helper_ptshare_plain_file(struct file *file)
+{
+	struct inode *inode = file_inode(file);
+
+	return S_ISREG(inode->i_mode) && !is_file_hugepages(file) &&
+	       !IS_DAX(file->f_mapping->host);
+}
+
+unsigned long rust_helper_ptshare_get_area(struct file *file,
+					   unsigned long addr,
+					   unsigned long len,
+					   unsigned long pgoff,
+					   unsigned long flags,
+					   vm_flags_t vm_flags)
+{
+	return mm_get_unmapped_area_vmflags(current->mm, file, addr, len, pgoff,
+					    flags, vm_flags);
+}
+
+unsigned long rust_helper_ptshare_page_mapping(const struct page *page,
+					       unsigned long *index)
+{
+	const struct folio *folio = page_folio(page);
+
+	if (folio_test_anon(folio) || folio_test_hugetlb(folio))
+		return 0;
+	*index = folio->index + folio_page_idx(folio, page);
+	return (unsigned long)READ_ONCE(folio->mapping);
+}
+
+void rust_helper_ptshare_mmap_write_lock(struct mm_struct *mm)
+{
+	mmap_write_lock(mm);
+}
+
+void rust_helper_ptshare_mmap_write_unlock(struct mm_struct *mm)
+{
+	mmap_write_unlock(mm);
+}
+
+void rust_helper_ptshare_vma_start_write(struct vm_area_struct *vma)
+{
+	vma_start_write(vma);
+}
+
+/* The mm of the first process whose PID is at least *@nr; *@nr is that PID. */
+struct mm_struct *rust_helper_ptshare_next_mm(int *nr)
+{
+	struct task_struct *task = NULL;
+	struct mm_struct *mm;
+	struct pid *pid;
+
+	rcu_read_lock();
+	pid = find_ge_pid(*nr, &init_pid_ns);
+	if (pid) {
+		*nr = pid_nr(pid);
+		task = get_pid_task(pid, PIDTYPE_TGID);
+	} else {
+		*nr = -1;
+	}
+	rcu_read_unlock();
+	if (!task)
+		return NULL;
+	mm = get_task_mm(task);
+	put_task_struct(task);
+	return mm;
+}
+
+#endif /* CONFIG_PTSHARE */
