@@ -52,19 +52,31 @@ impl Injection {
     }
 }
 
-/// Whether the peer's own allocations may fail from now on.
-fn may_fail(p: &Peer, on: bool) -> Res {
-    std::fs::write(
-        format!("/proc/{}/make-it-fail", p.pid),
-        if on { "1" } else { "0" },
-    )?;
-    Ok(())
+/// In a peer: runs `f` with this process's allocations failing, and only that; what the peer needs
+/// to talk to the test is spared.
+fn with_failures(f: impl FnOnce() -> (i64, Vec<u8>)) -> (i64, Vec<u8>) {
+    // Opened beforehand: turning the failures off must not need memory.
+    let switch = match std::fs::OpenOptions::new()
+        .write(true)
+        .open("/proc/self/make-it-fail")
+    {
+        Ok(switch) => switch,
+        Err(e) => return (-100, e.to_string().into_bytes()),
+    };
+    if let Err(e) = sys::pwrite(&switch, b"1", 0) {
+        return (-101, e.to_string().into_bytes());
+    }
+    let r = f();
+    while sys::pwrite(&switch, b"0", 0).is_err() {}
+    r
 }
 
 /// In a peer: maps, touches every 16th page, stores to some, and unmaps, some times over. An
 /// operation may fail for memory; a word that is loaded must be right. Arguments: fd, granules,
 /// rounds, seed, generation of all pages.
-const ATTACH: Remote = |a, _| {
+const ATTACH: Remote = |a, _| with_failures(|| attach(a));
+
+fn attach(a: &[u64]) -> (i64, Vec<u8>) {
     let (fd, len, seed) = (a[0] as i32, a[1] * GRANULE, a[3]);
     let mut done = 0;
     for _ in 0..a[2] {
@@ -88,7 +100,7 @@ const ATTACH: Remote = |a, _| {
         }
     }
     (done, vec![])
-};
+}
 
 /// A team whose pages' generations are their numbers plus one, which ATTACH relies on.
 fn numbered(ctx: &Ctx) -> Res<Team> {
@@ -101,9 +113,7 @@ fn attach_under(ctx: &Ctx, which: &str, percent: u32) -> Res {
     let rounds = if ctx.long { 2000 } else { 60 };
     {
         let _i = Injection::on(which, percent)?;
-        may_fail(&p, true)?;
         let (r, why) = p.call(ATTACH, &[t.raw() as u64, 4, rounds, ctx.seed], &[])?;
-        may_fail(&p, false)?;
         ensure!(
             r > 0,
             "attaching under {which}: {r}: {}",
@@ -130,29 +140,29 @@ fn slab_allocation_in_faults(ctx: &Ctx) -> Res {
 fn leaving_needs_no_memory(ctx: &Ctx) -> Res {
     let mut t = Team::new(ctx, 3, 4)?;
     let leave: Remote = |a, _| {
-        let calls = [
-            (
-                libc::SYS_madvise,
-                [a[0], GRANULE, libc::MADV_DONTNEED as u64],
-            ),
-            (libc::SYS_mprotect, [a[0], 4 * GRANULE, RO]),
-            (libc::SYS_mprotect, [a[0], 4 * GRANULE, NONE]),
-            (libc::SYS_munmap, [a[0], 4 * GRANULE, 0]),
-        ];
-        for (nr, args) in calls {
-            match sys::syscall(nr, &args) {
-                Ok(_) => {}
-                Err(Errno(libc::ENOMEM)) if nr != libc::SYS_madvise => {}
-                Err(e) => return (nr, flat(Err(e)).to_ne_bytes().to_vec()),
+        with_failures(|| {
+            let calls = [
+                (
+                    libc::SYS_madvise,
+                    [a[0], GRANULE, libc::MADV_DONTNEED as u64],
+                ),
+                (libc::SYS_mprotect, [a[0], 4 * GRANULE, RO]),
+                (libc::SYS_mprotect, [a[0], 4 * GRANULE, NONE]),
+                (libc::SYS_munmap, [a[0], 4 * GRANULE, 0]),
+            ];
+            for (nr, args) in calls {
+                match sys::syscall(nr, &args) {
+                    Ok(_) => {}
+                    Err(Errno(libc::ENOMEM)) if nr != libc::SYS_madvise => {}
+                    Err(e) => return (nr, flat(Err(e)).to_ne_bytes().to_vec()),
+                }
             }
-        }
-        (0, vec![])
+            (0, vec![])
+        })
     };
     {
         let _i = Injection::on("fail_page_alloc", 100)?;
-        may_fail(t.peer(0), true)?;
         let (r, d) = t.peer(0).call(leave, &[t.at(0, 0)], &[])?;
-        may_fail(t.peer(0), false)?;
         ensure!(
             r == 0,
             "system call {r} failed without memory: {}",
@@ -170,30 +180,30 @@ fn leaving_needs_no_memory(ctx: &Ctx) -> Res {
 fn page_allocation_in_fork(ctx: &Ctx) -> Res {
     let mut t = Team::new(ctx, 2, 4)?;
     let forks: Remote = |a, _| {
-        let mut made = 0;
-        for _ in 0..a[1] {
-            match sys::fork() {
-                Ok(0) => {
-                    sys::load64(a[0]).ok();
-                    sys::exit_now(0)
+        with_failures(|| {
+            let mut made = 0;
+            for _ in 0..a[1] {
+                match sys::fork() {
+                    Ok(0) => {
+                        sys::load64(a[0]).ok();
+                        sys::exit_now(0)
+                    }
+                    Ok(pid) => {
+                        made += 1;
+                        sys::wait(pid).ok();
+                    }
+                    Err(Errno(libc::ENOMEM | libc::EAGAIN)) => {}
+                    Err(e) => return (flat(Err(e)), vec![]),
                 }
-                Ok(pid) => {
-                    made += 1;
-                    sys::wait(pid).ok();
-                }
-                Err(Errno(libc::ENOMEM | libc::EAGAIN)) => {}
-                Err(e) => return (flat(Err(e)), vec![]),
             }
-        }
-        (made, vec![])
+            (made, vec![])
+        })
     };
     {
         let _i = Injection::on("fail_page_alloc", 2)?;
-        may_fail(t.peer(0), true)?;
         let (r, _) = t
             .peer(0)
             .call(forks, &[t.at(0, 0), if ctx.long { 2000 } else { 60 }], &[])?;
-        may_fail(t.peer(0), false)?;
         ensure!(r >= 0, "fork: {}", Errno(-r as i32));
     }
     t.coherent()?;
