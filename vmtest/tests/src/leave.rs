@@ -7,7 +7,7 @@ use crate::kernel::{self, pagemap};
 use crate::oracle::{pages, STORE_PAGE};
 use crate::peer::{flat, unpack, Peer, Remote};
 use crate::sys::{
-    self, Errno, Fault, ANON, FIXED, GRANULE, GRANULE_PAGES, NONE, PAGE, PRIVATE, RO, RW,
+    self, Errno, Fault, ANON, FIXED, GRANULE, GRANULE_PAGES, NONE, PAGE, PRIVATE, RO, RW, SHARED,
 };
 use crate::team::Team;
 use crate::{ensure, ensure_eq, group, skip};
@@ -112,6 +112,19 @@ fn others_go_on(t: &mut Team, ranges: &[(u64, u64)]) -> Res {
         t.verify(0, *lo..*hi)?;
     }
     t.model.verify_file(&t.fd)
+}
+
+/// Member 0 maps the file again at the same place. What it populated while it was not eligible had
+/// private tables, which go with the mapping only.
+fn map_anew(t: &Team) -> Res {
+    let at = t.at(0, 0);
+    let len = t.granules * GRANULE;
+    ensure_eq!(
+        t.peer(0).mmap(at, len, RW, SHARED | FIXED, t.raw(), 0)?,
+        Ok(at),
+        "mmap"
+    );
+    Ok(())
 }
 
 /// mprotect of one granule to read-only: it leaves, the others stay writable.
@@ -703,7 +716,7 @@ fn mlockall_current(ctx: &Ctx) -> Res {
 }
 
 /// A mapping that is cut inside granules by mprotect and made whole again by the reverse: every
-/// state shows the right contents, and whole granules share again when touched anew.
+/// state shows the right contents, and whole granules share again when mapped anew.
 fn split_inside_granule_then_merge(ctx: &Ctx) -> Res {
     let mut t = scene(ctx)?;
     for (page, n) in [
@@ -720,8 +733,7 @@ fn split_inside_granule_then_merge(ctx: &Ctx) -> Res {
         t.peer(0).mprotect(t.at(0, page), n * PAGE, RW)??;
         t.coherent()?;
     }
-    t.peer(0)
-        .madvise(t.at(0, 0), 3 * GRANULE, libc::MADV_DONTNEED)??;
+    map_anew(&t)?;
     t.touch_all()?;
     t.expect_all(3)
 }
@@ -862,8 +874,7 @@ fn userfaultfd_missing_unregister(ctx: &Ctx) -> Res {
     u.ioctl(UFFDIO_UNREGISTER, &mut [t.at(0, 0), 3 * GRANULE])?;
     t.model.punch(&t.fd, 5..9)?;
     t.coherent()?;
-    t.peer(0)
-        .madvise(t.at(0, 0), 3 * GRANULE, libc::MADV_DONTNEED)??;
+    map_anew(&t)?;
     t.touch_all()?;
     t.expect_all(3)
 }
