@@ -52,7 +52,6 @@ struct ptshare_vma_facts {
 	bool explicitly;	/* MAP_SHARED_PT */
 };
 
-pmd_t *mm_find_pmd(struct mm_struct *mm, unsigned long address);
 void ptshare_arch_flush_granule(struct mm_struct *mm, unsigned long start);
 void ptshare_arch_flush_all(void);
 
@@ -65,6 +64,11 @@ void ptshare_leave_vma_range(struct vm_area_struct *vma, unsigned long start,
 void ptshare_flush_all(void);
 void ptshare_activate(void);
 int ptshare_extra_mappers(const struct page *page);
+void ptshare_rejoin_vma_range(struct vm_area_struct *vma, unsigned long start,
+			      unsigned long end, bool zap);
+unsigned long ptshare_links_ended(struct address_space *mapping);
+unsigned long ptshare_links_begun(struct address_space *mapping);
+void ptshare_hold_links(struct address_space *mapping, bool hold);
 int ptshare_check_mmap(struct file *file, unsigned long addr,
 		       unsigned long len, unsigned long flags,
 		       unsigned long pgoff);
@@ -127,8 +131,25 @@ static inline bool ptshare_leave_entry(struct mm_struct *mm, pmd_t *pmd,
 static inline void ptshare_leave_vma_range(struct vm_area_struct *vma,
 					   unsigned long start,
 					   unsigned long end) { }
+static inline void ptshare_rejoin_vma_range(struct vm_area_struct *vma,
+					    unsigned long start,
+					    unsigned long end, bool zap) { }
 static inline void ptshare_flush_all(void) { }
 static inline void ptshare_activate(void) { }
+
+static inline unsigned long ptshare_links_ended(struct address_space *mapping)
+{
+	return 0;
+}
+
+static inline unsigned long ptshare_links_begun(struct address_space *mapping)
+{
+	return 0;
+}
+
+static inline void ptshare_hold_links(struct address_space *mapping, bool hold)
+{
+}
 
 static inline int ptshare_extra_mappers(const struct page *page)
 {
@@ -202,18 +223,105 @@ static inline void ptshare_adjust_vma(struct vm_area_struct *vma,
 }
 
 /*
+ * VMAs that merge have equal flags but for soft-dirty tracking, whose users do
+ * not share: if one of the two is tracked, the result may be.
+ */
+static inline void ptshare_merge_vma(struct vm_area_struct *vma,
+				     struct vm_area_struct *other)
+{
+	if (!ptshare_enabled() || !other ||
+	    !((vma->vm_flags ^ other->vm_flags) & VM_SOFTDIRTY))
+		return;
+	ptshare_leave_vma_range(vma, vma->vm_start, vma->vm_end);
+	ptshare_leave_vma_range(other, other->vm_start, other->vm_end);
+}
+
+/*
  * Leave every shared table that @vma links in [start, end), before its flags or
  * protection change.  The caller holds the mmap lock for write.  @vma is locked
- * against faults first, so that none links a table again before the change.
+ * against faults first, so that none links a table between here and the change.
  */
 static inline void ptshare_leave_before_change(struct vm_area_struct *vma,
 					       unsigned long start,
 					       unsigned long end)
 {
-	if (!ptshare_enabled() || !ptshare_mm_links(vma->vm_mm))
+	if (!ptshare_enabled())
 		return;
 	vma_start_write(vma);
 	ptshare_leave_vma_range(vma, start, end);
+}
+
+/*
+ * After a change that may have made @vma eligible again: drop tables of its own
+ * in the granules around [start, end), so that the next fault links the shared
+ * ones.  That is never visible where pages come from the page cache.  The
+ * caller holds the mmap lock for write.
+ */
+static inline void ptshare_rejoin_after_change(struct vm_area_struct *vma,
+					       unsigned long start,
+					       unsigned long end)
+{
+	if (ptshare_enabled() && (vma->vm_flags & VM_MAYSHARE))
+		ptshare_rejoin_vma_range(vma, start, end, true);
+}
+
+/*
+ * A walk over all mappings of a file, under its i_mmap_rwsem, that must not miss
+ * a PTE.  A table can move on while the walk is under way: linked by an mm that
+ * was visited already, left by the one that was yet to be.  So walk again when
+ * some mm has linked a table of the file meanwhile:
+ *
+ *	ptshare_walk_begin(mapping, &walk);
+ *	do {
+ *		visit all mappings;
+ *	} while (ptshare_walk_again(mapping, &walk));
+ *
+ * After some turns links of the file are refused until the walk is over.  A
+ * walk that ends early calls ptshare_walk_end() instead.
+ */
+struct ptshare_walk {
+	unsigned long ended;
+	unsigned int turns;
+	bool begun;
+	bool held;
+};
+
+#define PTSHARE_WALK_TURNS	3
+
+static inline void ptshare_walk_begin(struct address_space *mapping,
+				      struct ptshare_walk *walk)
+{
+	*walk = (struct ptshare_walk){ };
+	if (ptshare_enabled()) {
+		walk->begun = true;
+		walk->ended = ptshare_links_ended(mapping);
+	}
+}
+
+static inline void ptshare_walk_end(struct address_space *mapping,
+				    struct ptshare_walk *walk)
+{
+	if (walk->held)
+		ptshare_hold_links(mapping, false);
+	walk->held = false;
+}
+
+static inline bool ptshare_walk_again(struct address_space *mapping,
+				      struct ptshare_walk *walk)
+{
+	if (!ptshare_enabled())
+		return false;
+	if (walk->begun && ptshare_links_begun(mapping) == walk->ended) {
+		ptshare_walk_end(mapping, walk);
+		return false;
+	}
+	if (++walk->turns == PTSHARE_WALK_TURNS) {
+		ptshare_hold_links(mapping, true);
+		walk->held = true;
+	}
+	walk->begun = true;
+	walk->ended = ptshare_links_ended(mapping);
+	return true;
 }
 
 #endif /* _LINUX_PTSHARE_H */

@@ -13,6 +13,7 @@ use crate::mode;
 use crate::sys::entry::{Slot, Upper};
 use crate::sys::flush;
 use crate::sys::index::Chain;
+use crate::sys::linking::Linking;
 use crate::sys::table::{Locked, Table};
 use crate::sys::vma::{Facts, Fault, File, Mm, Vma};
 
@@ -44,6 +45,9 @@ pub(crate) fn link(fault: &Fault<'_>) -> bool {
         return false;
     };
     let mut upper = fault.upper(facts.mm);
+    let Some(_linking) = Linking::begin(file) else {
+        return false;
+    };
     if !link_one(&mut upper, file, granule, &facts) {
         return false;
     }
@@ -63,8 +67,8 @@ fn link_one(upper: &mut Upper<'_>, file: File, granule: Granule, facts: &Facts) 
     if !matches!(entry.slot(), Slot::Empty) {
         return true;
     }
-    let found = Chain::lock(file, granule.index)
-        .and_then(|chain| chain.find(file, facts.key(granule)));
+    let found =
+        Chain::lock(file, granule.index).and_then(|chain| chain.find(file, facts.key(granule)));
     match found {
         Some(link) => {
             entry.set(link);
@@ -91,7 +95,10 @@ pub(crate) fn install(fault: &mut Fault<'_>) -> bool {
     if !matches!(entry.slot(), Slot::Empty) {
         return true;
     }
-    let Some(chain) = Chain::lock(file, granule.index) else {
+    let Some(_linking) = Linking::begin(file) else {
+        return false;
+    };
+    let Some(mut chain) = Chain::lock(file, granule.index) else {
         return false;
     };
     let key = facts.key(granule);
@@ -139,7 +146,7 @@ pub(crate) fn leave(upper: &mut Upper<'_>, start: u64) -> bool {
 fn take_back(locked: &Locked<'_>, mm: Mm) {
     let table: Table<'_> = locked.table();
     let (file, key) = table.identity();
-    if let Some(chain) = Chain::lock(file, key.index()) {
+    if let Some(mut chain) = Chain::lock(file, key.index()) {
         chain.remove(table);
     }
     // Its PTEs may have been cleared on behalf of sharers with the flush put off: this mm's own
@@ -150,22 +157,89 @@ fn take_back(locked: &Locked<'_>, mm: Mm) {
 
 /// Leaves every shared table that the mapping links in `from..to`.
 pub(crate) fn leave_range(vma: Vma<'_>, from: u64, to: u64) {
-    let span = vma.facts().span;
-    for start in span.touched(from, to) {
-        if !span.covers(start) {
+    let facts = vma.facts();
+    if !facts.page_cache || facts.mm.links() == 0 {
+        return;
+    }
+    for start in facts.span.touched(from, to) {
+        if !facts.span.covers(start) {
             continue;
         }
-        if let Some(mut upper) = vma.upper(start) {
+        if let Some(mut upper) = vma.upper(facts.mm, start) {
             leave(&mut upper, start);
         }
     }
 }
 
-/// Leaves every shared table of the mm whose mapping would not share now.
-pub(crate) fn leave_ineligible(mm: Mm) {
+/// Drops tables that are the mm's own where it could share, in the granules that `from..to`
+/// touches, so that the next fault links the shared ones. If `zap`, with the pages in them;
+/// otherwise only empty ones.
+///
+/// # Safety
+///
+/// The mm's lock is held, for write if `zap`.
+pub(crate) unsafe fn rejoin_range(vma: Vma<'_>, from: u64, to: u64, zap: bool) {
+    let facts = vma.facts();
+    if !facts.eligible() {
+        return;
+    }
+    for start in facts.span.touched(from, to) {
+        if facts.span.granule(start).is_none() || drop_own(vma, facts.mm, start) || !zap {
+            continue;
+        }
+        if holds_pages(vma, facts.mm, start) {
+            // SAFETY: the mm's lock is held; eligible mappings show the page cache.
+            unsafe { vma.zap(start) };
+            drop_own(vma, facts.mm, start);
+        }
+    }
+}
+
+/// Frees the granule's table if it is the mm's own and empty. Returns whether there is none now, or
+/// one that may not be dropped.
+fn drop_own(vma: Vma<'_>, mm: Mm, start: u64) -> bool {
+    let Some(mut upper) = vma.upper(mm, start) else {
+        return true;
+    };
+    let Some(mut entry) = upper.entry(start) else {
+        return true;
+    };
+    let Slot::Table(table) = entry.slot() else {
+        return true;
+    };
+    if table.is_shared() {
+        return true;
+    }
+    let locked = table.lock();
+    if locked.is_empty() {
+        entry.free(locked);
+        return true;
+    }
+    false
+}
+
+/// Has the granule's table, the mm's own, nothing in it but pages?
+fn holds_pages(vma: Vma<'_>, mm: Mm, start: u64) -> bool {
+    let Some(mut upper) = vma.upper(mm, start) else {
+        return false;
+    };
+    let Some(entry) = upper.entry(start) else {
+        return false;
+    };
+    match entry.slot() {
+        Slot::Table(table) => !table.is_shared() && table.lock().can_be_dropped(),
+        _ => false,
+    }
+}
+
+/// Makes every mapping of the mm share that should now, and those leave that should not.
+pub(crate) fn review(mm: Mm) {
     mm.for_each_vma_locked(|vma| {
         let facts = vma.facts();
-        if !facts.eligible() {
+        if facts.eligible() {
+            // SAFETY: the mm's lock is held for write.
+            unsafe { rejoin_range(vma, facts.span.start, facts.span.end, true) };
+        } else {
             leave_range(vma, facts.span.start, facts.span.end);
         }
     });

@@ -36,7 +36,10 @@
 
 /// Pure logic, also built and tested on the host.
 #[path = "core/mod.rs"]
-#[allow(unreachable_pub, reason = "public in the crate that tests it on the host")]
+#[allow(
+    unreachable_pub,
+    reason = "public in the crate that tests it on the host"
+)]
 mod core_logic;
 mod file;
 mod sys;
@@ -48,7 +51,7 @@ use core_logic::mode::{Mode, Refusal, Request};
 use kernel::bindings;
 use kernel::ffi::{c_int, c_ulong};
 use kernel::prelude::*;
-use sys::vma::{Fault, Mm, Page, Vma};
+use sys::vma::{Fault, File, Mm, Page, Vma};
 
 module! {
     type: PtShare,
@@ -87,14 +90,15 @@ fn set_mode_at_boot(number: i32) -> Result {
     Ok(())
 }
 
-/// Sets the mode to a number in range, and makes those leave that no longer share.
+/// Sets the mode to a number in range, and makes all processes follow it.
 fn set_mode(number: i32) {
-    let before = MODE.swap(number, Ordering::SeqCst);
-    if number == Mode::Always as i32 {
+    // The hooks before the mode: what is linked must be seen by all of them.
+    if number != Mode::Off as i32 {
         activate();
     }
-    if number < before && sys::enabled() {
-        Mm::for_each(file::leave_ineligible);
+    let before = MODE.swap(number, Ordering::SeqCst);
+    if number != before && sys::enabled() {
+        Mm::for_each(file::review);
     }
 }
 
@@ -108,9 +112,7 @@ fn activate() {
 /// Somebody asks for `MAP_SHARED_PT`. To be called without the mm's lock.
 #[no_mangle]
 extern "C" fn ptshare_activate() {
-    if mode() != Mode::Off {
-        activate();
-    }
+    activate();
 }
 
 /// A fault found its PMD entry empty. Returns whether it no longer is.
@@ -168,6 +170,55 @@ unsafe extern "C" fn ptshare_leave_vma_range(
 ) {
     // SAFETY: as the caller promises.
     file::leave_range(unsafe { Vma::from_raw(vma) }, start as u64, end as u64)
+}
+
+/// Drops tables of an mm's own in a range where it could share.
+///
+/// # Safety
+///
+/// `vma` is stable: the mm's lock is held, for write if `zap`.
+#[no_mangle]
+unsafe extern "C" fn ptshare_rejoin_vma_range(
+    vma: *mut bindings::vm_area_struct,
+    start: c_ulong,
+    end: c_ulong,
+    zap: bool,
+) {
+    // SAFETY: as the caller promises.
+    unsafe { file::rejoin_range(Vma::from_raw(vma), start as u64, end as u64, zap) }
+}
+
+/// How many links of a file's tables have ended.
+///
+/// # Safety
+///
+/// `mapping` is a file's page cache.
+#[no_mangle]
+unsafe extern "C" fn ptshare_links_ended(mapping: *mut bindings::address_space) -> c_ulong {
+    // SAFETY: as the caller promises.
+    sys::linking::ended(unsafe { File::from_raw(mapping) })
+}
+
+/// How many links of a file's tables have begun.
+///
+/// # Safety
+///
+/// `mapping` is a file's page cache.
+#[no_mangle]
+unsafe extern "C" fn ptshare_links_begun(mapping: *mut bindings::address_space) -> c_ulong {
+    // SAFETY: as the caller promises.
+    sys::linking::begun(unsafe { File::from_raw(mapping) })
+}
+
+/// Holds back links of a file's tables, or lets them go on.
+///
+/// # Safety
+///
+/// `mapping` is a file's page cache.
+#[no_mangle]
+unsafe extern "C" fn ptshare_hold_links(mapping: *mut bindings::address_space, hold: bool) {
+    // SAFETY: as the caller promises.
+    sys::linking::hold(unsafe { File::from_raw(mapping) }, hold)
 }
 
 /// Makes every CPU drop what it has cached of shared tables. PTE locks may be held.
@@ -258,7 +309,8 @@ unsafe extern "C" fn ptshare_unmapped_area(
     let failed = ENOMEM.to_errno() as u64;
     let explicit = flags as u32 & bindings::MAP_SHARED_PT != 0;
     let asked = Mm::current().is_some_and(Mm::asked);
-    if !mode().applies(explicit, asked) || (len as u64) < granule::GRANULE {
+    // A mapping made with MAP_SHARED_PT keeps its place congruent whatever the mode is now.
+    if !(explicit || mode().applies(explicit, asked)) || (len as u64) < granule::GRANULE {
         return 0;
     }
     if !explicit && addr != 0 {
@@ -300,8 +352,8 @@ extern "C" fn ptshare_prctl_set(value: c_ulong) -> c_int {
     match value {
         0 => {
             mm.ask(false);
-            if sys::enabled() {
-                file::leave_ineligible(mm);
+            if !sys::enabled() {
+                return 0;
             }
         }
         1 => {
@@ -310,6 +362,7 @@ extern "C" fn ptshare_prctl_set(value: c_ulong) -> c_int {
         }
         _ => return EINVAL.to_errno(),
     }
+    file::review(mm);
     0
 }
 

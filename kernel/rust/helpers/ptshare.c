@@ -9,6 +9,7 @@
 #include <linux/mm.h>
 #include <linux/mman.h>
 #include <linux/mmu_notifier.h>
+#include <linux/oom.h>
 #include <linux/pagemap.h>
 #include <linux/ptshare.h>
 #include <linux/sched/coredump.h>
@@ -42,13 +43,30 @@ void rust_helper_ptshare_vma_facts(struct vm_area_struct *vma,
 			     vma_is_shm(vma)) &&
 			    !vma_is_dax(vma) && !is_vm_hugetlb_page(vma) &&
 			    !(flags & (VM_PFNMAP | VM_MIXEDMAP | VM_IO));
-	facts->excluded = (flags & (VM_LOCKED | __VM_UFFD_FLAGS)) ||
-			  vma->anon_vma || userfaultfd_armed(vma) ||
+	facts->excluded = (flags & VM_LOCKED) || vma->anon_vma || userfaultfd_armed(vma) ||
 			  (IS_ENABLED(CONFIG_MEM_SOFT_DIRTY) &&
 			   !(flags & VM_SOFTDIRTY)) ||
 			  mm_has_notifiers(vma->vm_mm);
 	facts->asked = test_bit(MMF_PTSHARE, &vma->vm_mm->flags);
 	facts->explicitly = flags & VM_SHARED_PT;
+}
+
+/* The PMD entry for an address, NULL where no table of PMD entries is. */
+pmd_t *rust_helper_ptshare_find_pmd(struct mm_struct *mm, unsigned long addr)
+{
+	pgd_t *pgd = pgd_offset(mm, addr);
+	p4d_t *p4d;
+	pud_t *pud;
+
+	if (!pgd_present(*pgd))
+		return NULL;
+	p4d = p4d_offset(pgd, addr);
+	if (!p4d_present(*p4d))
+		return NULL;
+	pud = pud_offset(p4d, addr);
+	if (!pud_present(*pud) || pud_leaf(*pud))
+		return NULL;
+	return pmd_offset(pud, addr);
 }
 
 bool rust_helper_ptshare_pmd_none(pmd_t *pmd)
@@ -102,6 +120,38 @@ bool rust_helper_ptshare_pte_counts(struct ptdesc *table, unsigned int index)
 	       (is_swap_pte(pte) && is_migration_entry(pte_to_swp_entry(pte)));
 }
 
+/* Can it be dropped, to be had back from the page cache?  None or a page. */
+bool rust_helper_ptshare_pte_drops(struct ptdesc *table, unsigned int index)
+{
+	pte_t pte = ptep_get((pte_t *)ptdesc_address(table) + index);
+
+	return pte_none(pte) || pte_present(pte);
+}
+
+bool rust_helper_ptshare_pte_none(struct ptdesc *table, unsigned int index)
+{
+	return pte_none(ptep_get((pte_t *)ptdesc_address(table) + index));
+}
+
+void rust_helper_ptshare_zap(struct vm_area_struct *vma, unsigned long start)
+{
+	zap_page_range_single(vma, start, PMD_SIZE, NULL);
+}
+
+static void ptshare_free_rcu(struct rcu_head *head)
+{
+	struct ptdesc *table = container_of(head, struct ptdesc, pt_rcu_head);
+
+	pte_free(NULL, ptdesc_page(table));
+}
+
+/* An empty table that was the mm's own, out of its entry and flushed. */
+void rust_helper_ptshare_table_free(struct mm_struct *mm, struct ptdesc *table)
+{
+	mm_dec_nr_ptes(mm);
+	call_rcu(&table->pt_rcu_head, ptshare_free_rcu);
+}
+
 bool rust_helper_ptshare_pte_maps(struct ptdesc *table, unsigned int index,
 				  const struct page *page)
 {
@@ -130,9 +180,9 @@ void rust_helper_ptshare_count_set(struct ptdesc *table, int count)
 	atomic_set(&table->pt_share_count, count);
 }
 
-void rust_helper_ptshare_mm_links_add(struct mm_struct *mm, long delta)
+long rust_helper_ptshare_mm_links_add(struct mm_struct *mm, long delta)
 {
-	atomic_long_add(delta, &mm->ptshare_links);
+	return atomic_long_add_return(delta, &mm->ptshare_links);
 }
 
 /* The mm owns one PTE table more, which maps @pages pages of @mapping. */
@@ -266,6 +316,11 @@ void rust_helper_ptshare_mmap_write_unlock(struct mm_struct *mm)
 	mmap_write_unlock(mm);
 }
 
+void rust_helper_ptshare_cond_resched(void)
+{
+	cond_resched();
+}
+
 void rust_helper_ptshare_vma_start_write(struct vm_area_struct *vma)
 {
 	vma_start_write(vma);
@@ -274,8 +329,8 @@ void rust_helper_ptshare_vma_start_write(struct vm_area_struct *vma)
 /* The mm of the first process whose PID is at least *@nr; *@nr is that PID. */
 struct mm_struct *rust_helper_ptshare_next_mm(int *nr)
 {
-	struct task_struct *task = NULL;
-	struct mm_struct *mm;
+	struct task_struct *task = NULL, *thread;
+	struct mm_struct *mm = NULL;
 	struct pid *pid;
 
 	rcu_read_lock();
@@ -289,7 +344,15 @@ struct mm_struct *rust_helper_ptshare_next_mm(int *nr)
 	rcu_read_unlock();
 	if (!task)
 		return NULL;
-	mm = get_task_mm(task);
+	/* The main thread may be gone while others live. */
+	rcu_read_lock();
+	thread = find_lock_task_mm(task);
+	if (thread) {
+		mm = thread->mm;
+		mmget(mm);
+		task_unlock(thread);
+	}
+	rcu_read_unlock();
 	put_task_struct(task);
 	return mm;
 }

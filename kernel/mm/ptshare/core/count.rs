@@ -18,7 +18,7 @@
 //! lock. So after [`leave`] has said [`Leave::Others`] the count may rise but not fall until
 //! [`release`], and the leaver can clear its PMD entry and flush in between.
 
-/// An atomic counter with the ordering of the kernel's fully ordered operations.
+/// An atomic counter. What changes it is fully ordered, as in the kernel; a mere load need not be.
 pub trait Counter {
     /// The count now.
     fn load(&self) -> i32;

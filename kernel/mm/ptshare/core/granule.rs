@@ -58,6 +58,10 @@ impl Span {
             return None;
         }
         let page = self.pgoff + ((start - self.start) >> PAGE_SHIFT);
+        // mremap lets a mapping grow past what any file can have, and the key has no room for it.
+        if page > (i64::MAX as u64) >> PAGE_SHIFT {
+            return None;
+        }
         Some(Granule {
             start,
             index: page >> (GRANULE_SHIFT - PAGE_SHIFT),

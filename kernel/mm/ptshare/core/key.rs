@@ -68,7 +68,10 @@ impl Key {
 ///
 /// `file` is any number that tells files apart. `buckets` is a power of two.
 pub const fn bucket(file: u64, index: u64, buckets: usize) -> usize {
-    // Fibonacci hashing: the high bits of the product depend on all bits of the input.
-    let mixed = (file >> 6 ^ index).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    (mixed >> 32) as usize & (buckets - 1)
+    // The file is mixed before the granule is added, for inodes lie a few hundred bytes apart; the
+    // highest bits of the last product depend on all of its input.
+    let mut mixed = file.wrapping_mul(0xbf58_476d_1ce4_e5b9) ^ index;
+    mixed ^= mixed >> 32;
+    mixed = mixed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    (mixed >> 1 >> (63 - buckets.trailing_zeros())) as usize
 }

@@ -94,7 +94,8 @@ pub(crate) fn init() -> Result {
         (*attribute).attr.name = c"granule".as_ptr().cast();
         (*attribute).attr.mode = 0o444;
         (*attribute).show = Some(show);
-        let directory = bindings::kobject_create_and_add(c"ptshare".as_ptr().cast(), bindings::mm_kobj);
+        let directory =
+            bindings::kobject_create_and_add(c"ptshare".as_ptr().cast(), bindings::mm_kobj);
         if directory.is_null() {
             return Err(ENOMEM);
         }

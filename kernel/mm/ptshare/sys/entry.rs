@@ -130,6 +130,23 @@ impl<'u> Entry<'u, '_> {
     }
 }
 
+impl Entry<'_, '_> {
+    /// Frees the table that the entry points at: the mm's own, empty, and locked.
+    pub(crate) fn free(&mut self, locked: Locked<'_>) {
+        let mm = self.upper.mm.as_ptr();
+        let table = locked.table().as_ptr();
+        // SAFETY: the entry is alive and locked, and so is the table it points at, which nobody
+        // else can reach: it is not shared. Those who are in it still are waited for by RCU.
+        unsafe {
+            bindings::pmd_clear(self.pmd.as_ptr());
+            bindings::ptshare_arch_flush_granule(mm, self.start as usize);
+        }
+        drop(locked);
+        // SAFETY: as above.
+        unsafe { bindings::ptshare_table_free(mm, table) };
+    }
+}
+
 /// A link out of an entry that CPUs may still have cached.
 #[must_use]
 pub(crate) struct Unflushed {

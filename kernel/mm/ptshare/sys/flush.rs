@@ -44,9 +44,8 @@ pub(crate) fn all() {
     }
     while done < wanted {
         // SAFETY: as above; `done` is updated when it fails.
-        if unsafe {
-            bindings::atomic_long_try_cmpxchg(ptshare_flush_done.get(), &mut done, wanted)
-        } {
+        if unsafe { bindings::atomic_long_try_cmpxchg(ptshare_flush_done.get(), &mut done, wanted) }
+        {
             break;
         }
     }

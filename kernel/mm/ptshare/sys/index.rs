@@ -77,7 +77,7 @@ impl Chain {
     }
 
     /// Puts a new table, of this file and key, into the chain.
-    pub(crate) fn insert(&self, fresh: Fresh<'_>, file: File, key: Key) -> Link {
+    pub(crate) fn insert(&mut self, fresh: Fresh<'_>, file: File, key: Key) -> Link {
         let link = fresh.share(file, key);
         let ptdesc = link.table().as_ptr();
         // SAFETY: the lock is held, by the invariant; the table is alive and in no chain.
@@ -90,7 +90,7 @@ impl Chain {
     }
 
     /// Takes a table out, whose count is 0.
-    pub(crate) fn remove(&self, table: Table<'_>) {
+    pub(crate) fn remove(&mut self, table: Table<'_>) {
         // SAFETY: the lock is held, by the invariant, so every place on the chain is alive.
         unsafe {
             let mut place = &raw mut (*self.0.as_ptr()).first;

@@ -7,6 +7,7 @@
 //! - [`entry`]: a table of PMD entries, locked, and what one of them holds; clearing one gives a
 //!   token that only flushing turns back into a link.
 //! - [`index`]: where shared tables are found.
+//! - [`linking`]: how walks over all mappings of a file see links in progress.
 //! - [`vma`]: mappings, faults and whole address spaces.
 //! - [`flush`]: what all sharers have cached.
 //! - [`boot`]: boot parameter, sysctl, sysfs.
@@ -15,6 +16,7 @@ pub(crate) mod boot;
 pub(crate) mod entry;
 pub(crate) mod flush;
 pub(crate) mod index;
+pub(crate) mod linking;
 pub(crate) mod table;
 pub(crate) mod vma;
 

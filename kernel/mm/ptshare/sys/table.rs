@@ -74,6 +74,12 @@ impl<'a> Table<'a> {
         }
     }
 
+    /// Is `what` true of every entry? The table's lock is held.
+    fn all(self, what: unsafe extern "C" fn(*mut bindings::ptdesc, u32) -> bool) -> bool {
+        // SAFETY: the table is alive; the helpers that this is called with only read the entry.
+        (0..ENTRIES as u32).all(|entry| unsafe { what(self.as_ptr(), entry) })
+    }
+
     /// Does entry `entry` map `page`?
     pub(super) fn maps(self, entry: usize, page: *const bindings::page) -> bool {
         // SAFETY: the table is alive; the helper only reads the entry, `entry` is below ENTRIES.
@@ -109,13 +115,21 @@ impl<'a> Locked<'a> {
         self.table
     }
 
+    /// Has it no entry?
+    pub(crate) fn is_empty(&self) -> bool {
+        self.table.all(bindings::ptshare_pte_none)
+    }
+
+    /// Has it nothing but pages, which can be had again from the page cache?
+    pub(crate) fn can_be_dropped(&self) -> bool {
+        self.table.all(bindings::ptshare_pte_drops)
+    }
+
     /// How many of its entries rss counts.
     fn pages(&self) -> isize {
         (0..ENTRIES as u32)
             // SAFETY: the table is alive and its entries do not change while its lock is held.
-            .filter(|&entry| unsafe {
-                bindings::ptshare_pte_counts(self.table.as_ptr(), entry)
-            })
+            .filter(|&entry| unsafe { bindings::ptshare_pte_counts(self.table.as_ptr(), entry) })
             .count() as isize
     }
 

@@ -51,6 +51,12 @@ impl Mm {
         unsafe { bindings::ptshare_mm_ask(self.as_ptr(), ask) }
     }
 
+    /// How many shared tables it links.
+    pub(crate) fn links(self) -> i64 {
+        // SAFETY: the mm is alive, by the invariant.
+        unsafe { bindings::ptshare_mm_links_add(self.as_ptr(), 0) as i64 }
+    }
+
     /// Calls `each` with every mapping, locked so that no fault runs in it.
     pub(crate) fn for_each_vma_locked(self, mut each: impl FnMut(Vma<'_>)) {
         // SAFETY: the mm is alive, by the invariant; its lock is not held by callers of this.
@@ -67,6 +73,7 @@ impl Mm {
                 let vma = Vma::from_raw(vma.as_ptr());
                 addr = vma.facts().span.end as usize;
                 each(vma);
+                bindings::ptshare_cond_resched();
             }
         }
         // SAFETY: taken above.
@@ -101,7 +108,7 @@ impl File {
     /// # Safety
     ///
     /// `mapping` is not null.
-    pub(super) unsafe fn from_raw(mapping: *mut bindings::address_space) -> Self {
+    pub(crate) unsafe fn from_raw(mapping: *mut bindings::address_space) -> Self {
         // SAFETY: not null, as the caller promises.
         File(unsafe { NonNull::new_unchecked(mapping) })
     }
@@ -171,11 +178,21 @@ impl<'a> Vma<'a> {
         }
     }
 
-    /// Locks the PMD entries around `addr`, which is in the mapping. `None` where there are none.
-    pub(crate) fn upper(self, addr: u64) -> Option<Upper<'a>> {
-        let mm = self.facts().mm;
+    /// Drops the PTEs of the granule at `start`, which is in the mapping.
+    ///
+    /// # Safety
+    ///
+    /// The mm's lock is held, and the mapping's pages come from the page cache.
+    pub(crate) unsafe fn zap(self, start: u64) {
+        // SAFETY: as the caller promises.
+        unsafe { bindings::ptshare_zap(self.0.as_ptr(), start as usize) };
+    }
+
+    /// Locks the PMD entries around `addr`, which is in the mapping, of `mm`. `None` where there are
+    /// none.
+    pub(crate) fn upper(self, mm: Mm, addr: u64) -> Option<Upper<'a>> {
         // SAFETY: the mm is alive.
-        let pmd = NonNull::new(unsafe { bindings::mm_find_pmd(mm.as_ptr(), addr as usize) })?;
+        let pmd = NonNull::new(unsafe { bindings::ptshare_find_pmd(mm.as_ptr(), addr as usize) })?;
         // SAFETY: the entry is that of `addr`; page tables below a VMA that is stable are not
         // freed.
         Some(unsafe { Upper::lock(mm, pmd, addr) })
@@ -240,7 +257,13 @@ impl Page {
         // SAFETY: the page is alive, as the caller promises.
         let mapping = unsafe { bindings::ptshare_page_mapping(page, &mut index) };
         let file = File(NonNull::new(mapping as *mut bindings::address_space)?);
-        Some((Page { page, index: index as u64 }, file))
+        Some((
+            Page {
+                page,
+                index: index as u64,
+            },
+            file,
+        ))
     }
 
     pub(crate) fn as_ptr(&self) -> *const bindings::page {
