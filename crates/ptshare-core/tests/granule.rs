@@ -286,7 +286,6 @@ fn a_range_that_is_empty_touches_nothing() {
 /// mmap refuses what lies beyond the end of the largest file. A mapping that mremap lets grow may
 /// reach there; nothing can be mapped, and the numbers no longer fit a key.
 #[test]
-#[ignore = "Span::granule goes on beyond the largest file"]
 fn beyond_the_largest_file_nothing_is_shared() {
     let span = Span {
         start: 0x7f00_0000_0000,

@@ -227,7 +227,6 @@ fn the_first_granules_of_small_files_spread() {
 /// Inodes of one slab lie close together, and their files' granules are numbered from 0: neither may
 /// make chains that chance would not.
 #[test]
-#[ignore = "bucket() adds files up before it mixes, and takes bits that cycle in a large index"]
 fn tables_spread_as_by_chance() {
     for (size, files, granules) in [
         (704u64, 1u64, 256u64),
