@@ -318,6 +318,12 @@ impl Cgroup {
         Ok(c)
     }
 
+    /// Leaves it to the children that were made in it.
+    pub fn leave(&self) -> Res {
+        let home = Path::new("/sys/fs/cgroup").join(&self.home);
+        Ok(fs::write(home.join("cgroup.procs"), "0")?)
+    }
+
     /// Asks for `bytes` to be reclaimed; as much as can be is.
     pub fn reclaim(&self, bytes: u64) {
         // Fails with EAGAIN when less could be reclaimed; callers measure what happened.
@@ -340,13 +346,7 @@ impl Cgroup {
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        fs::write(
-            Path::new("/sys/fs/cgroup")
-                .join(&self.home)
-                .join("cgroup.procs"),
-            "0",
-        )
-        .ok();
+        self.leave().ok();
         remove_cgroup(&self.dir);
     }
 }
