@@ -67,7 +67,7 @@ fn swap_to_zram() -> Result<()> {
     sys::swap_on("/dev/zram0").context("swapon")
 }
 
-/// A group of its own for this process, so that the pages it allocates are charged there.
+/// A group for the file's pages and the processes that map them.
 fn control_group() -> Result<String> {
     if !Path::new(CGROUPS).join("cgroup.controllers").exists() {
         sys::mount("none", CGROUPS, "cgroup2", "").context("mounting cgroup2")?;
@@ -75,18 +75,23 @@ fn control_group() -> Result<String> {
     proc::write(&format!("{CGROUPS}/cgroup.subtree_control"), "+memory")?;
     let group = format!("{CGROUPS}/guest-bench");
     fs::create_dir(&group)?;
-    proc::write(
-        &format!("{group}/cgroup.procs"),
-        &std::process::id().to_string(),
-    )?;
     Ok(group)
+}
+
+/// Moves the calling process. What it allocated before stays charged where it was: the memory that a fork left
+/// to all the processes in common is not shared memory, and must not be in the way of the figure.
+fn enter(group: &str) -> Result<()> {
+    proc::write(&format!("{group}/cgroup.procs"), "0")
 }
 
 /// Instructions of the call, and the pages that went to swap by it.
 fn reclaim(group: &str, processes: usize, content: Content) -> Result<(f64, f64)> {
     let mut file = sys::memfd("reclaim", FILE, 0)?;
+    enter(group)?;
     fill(&mut file, content)?;
+    enter(CGROUPS)?;
     let crowd = Crowd::gather(processes, || {
+        enter(group)?;
         let map = Map::aligned(Some(&file), FILE, Kind::Shared)?;
         map.read_every(PAGE);
         Ok(map)
