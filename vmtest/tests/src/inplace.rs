@@ -251,7 +251,7 @@ fn present_in(t: &Team, i: usize) -> Res<usize> {
 }
 
 /// Reclaims the team's pages; at least a quarter must go, from everybody's view.
-fn swap_out(t: &Team, group: &Cgroup, swap: &Swap) -> Res {
+pub fn swap_out(t: &Team, group: &Cgroup, swap: &Swap) -> Res {
     let all = pages(t.granules);
     let deadline = Instant::now() + Duration::from_secs(60);
     // Pages that were just used take a second round or a third.
@@ -531,7 +531,8 @@ fn writeback_by_msync_of_one_process(ctx: &Ctx) -> Res {
 
 // ---- migration ----
 
-fn two_nodes() -> Res {
+/// Skips a test that needs two memory nodes.
+pub fn two_nodes() -> Res {
     let online = fs::read_to_string("/sys/devices/system/node/online").unwrap_or_default();
     if !online.contains(['-', ',']) {
         skip!("one memory node only ({})", online.trim());

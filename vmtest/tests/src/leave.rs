@@ -58,7 +58,6 @@ group!("leave";
     userfaultfd_events,
     soft_dirty,
     pagemap_scan_write_protect,
-    mmu_notifier_user,
     remap_file_pages_call,
     two_threads_leave_at_once,
 );
@@ -1108,64 +1107,6 @@ fn pagemap_scan_write_protect(ctx: &Ctx) -> Res {
     );
     t.verify_all()?;
     t.coherent()
-}
-
-/// A process with an MMU notifier (the kernel's HMM test device mirrors its opener's memory) shares
-/// nothing from then on, and its mirror is told of every change.
-fn mmu_notifier_user(ctx: &Ctx) -> Res {
-    const DEVICE: &str = "/dev/hmm_dmirror0";
-    if !std::path::Path::new(DEVICE).exists() {
-        skip!("no {DEVICE}");
-    }
-    let mut t = scene(ctx)?;
-    let open: Remote = |_, _| {
-        let f = std::fs::OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(DEVICE);
-        match f {
-            Ok(f) => (i64::from(std::os::fd::IntoRawFd::into_raw_fd(f)), vec![]),
-            Err(e) => (-i64::from(e.raw_os_error().unwrap_or(1)), vec![]),
-        }
-    };
-    let (fd, _) = t.peer(0).call(open, &[], &[])?;
-    ensure!(fd >= 0, "{DEVICE}: {}", Errno(-fd as i32));
-    t.expect_left(3)?;
-    t.coherent()?;
-    t.expect_left(3)?;
-    // HMM_DMIRROR_READ of one page, through the device's own page table.
-    let read: Remote = |a, _| {
-        let mut page = vec![0u8; PAGE as usize];
-        let mut cmd = [a[1], page.as_mut_ptr() as u64, 1, 0, 0];
-        let r = sys::syscall(
-            libc::SYS_ioctl,
-            &[
-                a[0],
-                (3 << 30) | (40 << 16) | (0x48 << 8),
-                cmd.as_mut_ptr() as u64,
-            ],
-        );
-        (flat(r), page)
-    };
-    let mirror = |t: &Team, page: u64| -> Res {
-        let (r, bytes) = t.peer(0).call(read, &[fd as u64, t.at(0, page)], &[])?;
-        ensure_eq!(r, 0, "reading through the mirror");
-        match crate::oracle::diagnose(t.model.seed, page, t.model.pages[page as usize], &bytes) {
-            Some(why) => crate::fail!("through the mirror: {why}"),
-            None => Ok(()),
-        }
-    };
-    for page in [5, GRANULE_PAGES + 5, pages(3) - 1] {
-        mirror(&t, page)?;
-        t.store(1, page)?;
-        mirror(&t, page)?;
-        t.model.punch(&t.fd, page..page + 1)?;
-        mirror(&t, page)?;
-        t.store(2, page)?;
-        mirror(&t, page)?;
-    }
-    t.verify_all()?;
-    t.expect_left(3)
 }
 
 /// remap_file_pages, emulated by the kernel with an mmap inside the mapping.

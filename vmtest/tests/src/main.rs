@@ -11,6 +11,7 @@ mod fork;
 mod harness;
 mod inplace;
 mod kernel;
+mod kvm;
 mod leave;
 mod machine;
 mod mapspt;
@@ -78,6 +79,7 @@ fn selected(filter: &str) -> Vec<harness::Test> {
         mapspt::tests(),
         inplace::tests(),
         tlb::tests(),
+        kvm::tests(),
         ops::tests(),
         observe::tests(),
         faults::tests(),
