@@ -401,11 +401,16 @@ fn idle_pages_are_tracked(ctx: &Ctx) -> Res {
             continue;
         }
         tracked += 1;
-        // Marking does not flush, so that a touch through an old translation is not seen; a few
-        // process switches later it is.
+        // Marking does not flush, so that a touch through an old translation is not seen. Of a
+        // process that goes to the other CPU nothing old is left.
         let toucher = tracked % 3;
         let deadline = Instant::now() + Duration::from_secs(5);
-        loop {
+        for cpu in 0.. {
+            let pin: Remote = |a, _| {
+                sys::pin_to_cpu(a[0] as usize);
+                (0, vec![])
+            };
+            t.peer(toucher).call(pin, &[cpu], &[])?;
             t.peer(toucher).touch(t.at(toucher, page), 1)?;
             if !idle(frame)? {
                 break;
