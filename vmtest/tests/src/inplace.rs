@@ -1,7 +1,7 @@
 //! Changes of the file or of its pages, which are done in place in the shared tables: truncation,
 //! holes, reclaim, migration, writeback, collapse, memory failure. Every sharer must see them.
 
-use crate::harness::{Ctx, Res};
+use crate::harness::{own, Ctx, Res};
 use crate::kernel::{self, pagemap};
 use crate::machine::{Cgroup, Ext4, Setting, Swap};
 use crate::oracle::pages;
@@ -28,6 +28,7 @@ group!("inplace";
     swap_out_dirty_again_and_again(180),
     swapoff(180),
     pageout_by_one_process(180),
+    pageout_by_process_madvise(180),
     reclaim_clean_file_pages(180),
     referenced_bits_can_be_cleared,
     idle_pages_are_tracked,
@@ -40,6 +41,7 @@ group!("inplace";
     compaction(180),
     collapse_by_madvise,
     collapse_then_punch,
+    collapse_by_process_madvise,
     collapse_by_khugepaged(120),
     soft_offline,
     hwpoison,
@@ -328,6 +330,57 @@ fn pageout_by_one_process(ctx: &Ctx) -> Res {
     t.peer(0)
         .madvise(t.at(0, 0), 3 * GRANULE, libc::MADV_PAGEOUT)??;
     t.verify_all()?;
+    t.coherent()
+}
+
+/// process_madvise(2) of a process's memory by another.
+fn process_madvise(t: &Team, i: usize, page: u64, n: u64, advice: i32) -> Res<sys::Sys<u64>> {
+    let pidfd = own(sys::syscall(
+        libc::SYS_pidfd_open,
+        &[t.peer(i).pid as u64, 0],
+    )?);
+    let range = [t.at(i, page), n * PAGE];
+    Ok(sys::syscall(
+        libc::SYS_process_madvise,
+        &[
+            pidfd.as_raw_fd() as u64,
+            range.as_ptr() as u64,
+            1,
+            advice as u64,
+            0,
+        ],
+    ))
+}
+
+/// Hints for another process's memory: while others share it they take nothing from anybody, and
+/// when nobody does, MADV_PAGEOUT takes the pages out and they come back.
+fn pageout_by_process_madvise(ctx: &Ctx) -> Res {
+    let swap = Swap::on(256)?;
+    let mut t = Team::new(ctx, 3, 3)?;
+    for (i, advice) in [libc::MADV_COLD, libc::MADV_PAGEOUT, libc::MADV_WILLNEED]
+        .into_iter()
+        .enumerate()
+    {
+        for (page, n) in [(0, pages(3)), (100, 50)] {
+            ensure_eq!(
+                process_madvise(&t, i, page, n, advice)?,
+                Ok(n * PAGE),
+                "process_madvise {advice}"
+            );
+            ensure_eq!(swap.used_pages(), 0, "pages swapped out by hint {advice}");
+            t.coherent()?;
+            t.expect_all(3)?;
+        }
+    }
+    t.members.truncate(1);
+    let all = pages(3);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while swap.used_pages() < all / 2 && Instant::now() < deadline {
+        process_madvise(&t, 0, 0, all, libc::MADV_PAGEOUT)??;
+    }
+    let out = swap.used_pages();
+    ensure!(out >= all / 2, "of {all} pages only {out} were paged out");
+    t.join()?;
     t.coherent()
 }
 
@@ -759,6 +812,31 @@ fn collapse_then_punch(ctx: &Ctx) -> Res {
     sigbus(&t, GRANULE_PAGES + 100)?;
     verify_up_to(&t, GRANULE_PAGES + 100)?;
     t.model.truncate(&t.fd, pages(3))?;
+    t.coherent()
+}
+
+/// process_madvise(MADV_COLLAPSE): another process collapses what this one shares.
+fn collapse_by_process_madvise(ctx: &Ctx) -> Res {
+    let mut t = aligned_team(ctx, 3, 3)?;
+    let mut r = Err(Errno(libc::EAGAIN));
+    for _ in 0..20 {
+        r = process_madvise(&t, 2, GRANULE_PAGES, GRANULE_PAGES, MADV_COLLAPSE)?;
+        match r {
+            Err(Errno(libc::EAGAIN | libc::EBUSY)) => std::thread::sleep(Duration::from_millis(50)),
+            _ => break,
+        }
+    }
+    match r {
+        Err(Errno(libc::EINVAL | libc::ENOMEM)) => skip!("no MADV_COLLAPSE of shmem"),
+        r => ensure_eq!(r, Ok(GRANULE), "process_madvise"),
+    }
+    t.touch_all()?;
+    for i in 0..3 {
+        ensure_eq!(huge_kb(&t, i)?, 2048, "ShmemPmdMapped of member {i}");
+    }
+    t.expect_all(2)?;
+    t.coherent()?;
+    t.model.punch(&t.fd, GRANULE_PAGES + 5..GRANULE_PAGES + 9)?;
     t.coherent()
 }
 

@@ -9,8 +9,9 @@ use std::process::Command;
 
 const PREFIX: &str = "guest-tests-";
 
-/// Removes mounts, swap and cgroups whose names say they are ours.
+/// Removes mounts, swap and cgroups whose names say they are ours, and ends DAMON.
 pub fn clean_leftovers() {
+    Damon::end();
     for line in fs::read_to_string("/proc/mounts")
         .unwrap_or_default()
         .lines()
@@ -70,6 +71,107 @@ pub fn tool(name: &str, args: &[&str]) -> Res {
         String::from_utf8_lossy(&out.stderr)
     );
     Ok(())
+}
+
+/// DAMON with one context, until dropped.
+pub struct Damon(());
+
+impl Damon {
+    const DIR: &'static str = "/sys/kernel/mm/damon/admin/kdamonds";
+    /// How many regions a context may be given.
+    pub const REGIONS: usize = 200;
+
+    /// Prepares it to watch ranges of a process's addresses ("fvaddr") or of frames ("paddr").
+    pub fn new(operations: &str, pid: Option<i32>, ranges: &[std::ops::Range<u64>]) -> Res<Damon> {
+        if !Path::new(Damon::DIR).exists() {
+            crate::skip!("this kernel has no {}", Damon::DIR);
+        }
+        let d = Damon(());
+        d.write("nr_kdamonds", "1")?;
+        d.write("0/contexts/nr_contexts", "1")?;
+        if let Err(Stop::Fail(why)) = d.write("0/contexts/0/operations", operations) {
+            crate::skip!("no DAMON of {operations}: {why}");
+        }
+        let attributes = "0/contexts/0/monitoring_attrs";
+        for (name, value) in [
+            ("intervals/sample_us", 5_000),
+            ("intervals/aggr_us", 50_000),
+            ("intervals/update_us", 1_000_000),
+            ("nr_regions/min", 10),
+            ("nr_regions/max", 2 * Damon::REGIONS as u64),
+        ] {
+            d.write(&format!("{attributes}/{name}"), &value.to_string())?;
+        }
+        d.write("0/contexts/0/targets/nr_targets", "1")?;
+        let target = "0/contexts/0/targets/0";
+        if let Some(pid) = pid {
+            d.write(&format!("{target}/pid_target"), &pid.to_string())?;
+        }
+        let regions = format!("{target}/regions");
+        d.write(&format!("{regions}/nr_regions"), &ranges.len().to_string())?;
+        for (i, r) in ranges.iter().enumerate() {
+            d.write(&format!("{regions}/{i}/start"), &r.start.to_string())?;
+            d.write(&format!("{regions}/{i}/end"), &r.end.to_string())?;
+        }
+        Ok(d)
+    }
+
+    /// Says what to do with regions that were accessed so often.
+    pub fn scheme(&self, action: &str, least: u64, most: u64) -> Res {
+        self.write("0/contexts/0/schemes/nr_schemes", "1")?;
+        let scheme = "0/contexts/0/schemes/0";
+        self.write(&format!("{scheme}/action"), action)?;
+        let pattern = format!("{scheme}/access_pattern");
+        for (name, min, max) in [
+            ("sz", 0, u64::MAX),
+            ("nr_accesses", least, most),
+            ("age", 0, u64::from(u32::MAX)),
+        ] {
+            self.write(&format!("{pattern}/{name}/min"), &min.to_string())?;
+            self.write(&format!("{pattern}/{name}/max"), &max.to_string())?;
+        }
+        Ok(())
+    }
+
+    /// Starts it.
+    pub fn on(&self) -> Res {
+        self.write("0/state", "on")
+    }
+
+    /// Bytes that the scheme was applied to so far.
+    pub fn applied(&self) -> Res<u64> {
+        self.statistic("sz_applied")
+    }
+
+    /// Bytes that the scheme was tried on so far.
+    pub fn tried(&self) -> Res<u64> {
+        self.statistic("sz_tried")
+    }
+
+    fn statistic(&self, name: &str) -> Res<u64> {
+        self.write("0/state", "update_schemes_stats")?;
+        let path = format!("{}/0/contexts/0/schemes/0/stats/{name}", Damon::DIR);
+        let text = fs::read_to_string(&path)?;
+        text.trim()
+            .parse()
+            .map_err(|_| Stop::Fail(format!("{path}: {text:?}")))
+    }
+
+    fn write(&self, file: &str, text: &str) -> Res {
+        let path = format!("{}/{file}", Damon::DIR);
+        fs::write(&path, text).map_err(|e| Stop::Fail(format!("writing {text:?} to {path}: {e}")))
+    }
+
+    fn end() {
+        fs::write(format!("{}/0/state", Damon::DIR), "off").ok();
+        fs::write(format!("{}/nr_kdamonds", Damon::DIR), "0").ok();
+    }
+}
+
+impl Drop for Damon {
+    fn drop(&mut self) {
+        Damon::end();
+    }
 }
 
 /// Sets `vm.ptshare` until dropped.

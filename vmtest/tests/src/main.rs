@@ -6,6 +6,7 @@
 
 mod allocfail;
 mod concurrent;
+mod damon;
 mod faults;
 mod fork;
 mod harness;
@@ -80,6 +81,7 @@ fn selected(filter: &str) -> Vec<harness::Test> {
         inplace::tests(),
         tlb::tests(),
         kvm::tests(),
+        damon::tests(),
         ops::tests(),
         observe::tests(),
         faults::tests(),
