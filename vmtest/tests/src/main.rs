@@ -25,6 +25,7 @@ mod sys;
 mod team;
 mod tlb;
 mod transparent;
+mod uring;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;

@@ -3,10 +3,11 @@
 use crate::harness::{own, Ctx, Res};
 use crate::kernel;
 use crate::machine::{Ext4, Setting};
-use crate::oracle::{pages, Model};
+use crate::oracle::{diagnose, first_word, page_bytes, pages, Model};
 use crate::peer::{flat, Peer, Remote};
 use crate::sys::{self, Errno, ANON, FIXED, GRANULE, GRANULE_PAGES, PAGE, PRIVATE, RO, RW, SHARED};
 use crate::team::{expect_tables, Team};
+use crate::uring::{Ring, Transfer};
 use crate::{ensure, ensure_eq, group};
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -40,6 +41,11 @@ group!("transparent";
     reader_cannot_be_pinned_for_write,
     reader_cannot_be_direct_io_target,
     reader_cannot_be_pinned_for_write_gup_test,
+    reader_cannot_be_written_by_io_uring,
+    reader_cannot_be_written_by_futex,
+    reader_cannot_execute,
+    writer_is_written_for_all_by_ptrace,
+    prot_none_is_read_by_proc_mem_only,
     prot_none_shares_nothing_visible,
 );
 
@@ -802,6 +808,273 @@ fn reader_cannot_be_pinned_for_write_gup_test(ctx: &Ctx) -> Res {
         ensure_eq!(got, 4, "gup_test {nr}: pages of a writer for write");
     }
     m.verify()
+}
+
+/// In a peer: io_uring reads a file into memory. Arguments: address, how (0: buffered, 1: direct, by
+/// the submitter; 2 and 3: the same by a thread of the kernel). The path comes as data.
+const READ_BY_URING: Remote = |a, path| {
+    use std::os::unix::fs::OpenOptionsExt;
+    let flags = if a[1] % 2 == 1 { libc::O_DIRECT } else { 0 };
+    let Ok(f) = std::fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(flags)
+        .open(String::from_utf8_lossy(path).as_ref())
+    else {
+        return (-i64::from(libc::ENOENT), vec![]);
+    };
+    let t = Transfer {
+        fd: f.as_raw_fd(),
+        at: 0,
+        addr: a[0],
+        len: PAGE,
+    };
+    let r = Ring::new().and_then(|mut ring| ring.read(t, a[1] >= 2));
+    (flat(r), vec![])
+};
+
+/// The reverse: writes memory to the file.
+const WRITE_BY_URING: Remote = |a, path| {
+    let Ok(f) = std::fs::OpenOptions::new()
+        .write(true)
+        .open(String::from_utf8_lossy(path).as_ref())
+    else {
+        return (-i64::from(libc::ENOENT), vec![]);
+    };
+    let t = Transfer {
+        fd: f.as_raw_fd(),
+        at: 0,
+        addr: a[0],
+        len: PAGE,
+    };
+    let r = Ring::new().and_then(|mut ring| ring.write(t, a[1] >= 2));
+    (flat(r), vec![])
+};
+
+/// io_uring reads no file into a reader's memory, buffered or direct, by itself or by its workers; into
+/// a writer's it does, and everybody sees it. A reader's memory can be written to a file.
+fn reader_cannot_be_written_by_io_uring(ctx: &Ctx) -> Res {
+    let fs = Ext4::mount(64)?;
+    let source = fs.file("source")?;
+    let sink = fs.file("sink")?;
+    let mut m = mixed(ctx)?;
+    let path = |name: &str| fs.dir.join(name).to_string_lossy().into_owned();
+    for how in 0..4 {
+        for page in [5, GRANULE_PAGES + 5] {
+            let g = m.writers.model.next();
+            sys::pwrite(&source, &page_bytes(ctx.seed, page, g), 0)?;
+            source.sync_all()?;
+            let (p, a) = &m.readers[0];
+            let args = [a + page * PAGE, how];
+            let (r, _) = p.call(READ_BY_URING, &args, path("source").as_bytes())?;
+            if r == -i64::from(libc::ENOSYS) {
+                crate::skip!("this kernel has no io_uring");
+            }
+            ensure_eq!(
+                r,
+                -i64::from(libc::EFAULT),
+                "reading into a reader, way {how}"
+            );
+            m.verify()?;
+            let (r, _) = p.call(WRITE_BY_URING, &args, path("sink").as_bytes())?;
+            ensure_eq!(r, PAGE as i64, "writing from a reader, way {how}");
+            let mut bytes = vec![0; PAGE as usize];
+            sys::pread(&sink, &mut bytes, 0)?;
+            let have = m.writers.model.pages[page as usize];
+            let why = diagnose(m.writers.model.seed, page, have, &bytes);
+            ensure!(why.is_none(), "written from a reader: {why:?}");
+            let args = [m.writers.at(1, page), how];
+            let (r, _) = m
+                .writers
+                .peer(1)
+                .call(READ_BY_URING, &args, path("source").as_bytes())?;
+            ensure_eq!(r, PAGE as i64, "reading into a writer, way {how}");
+            m.writers.model.pages[page as usize] = g;
+            m.verify()?;
+        }
+    }
+    Ok(())
+}
+
+/// FUTEX_WAKE_OP, with which the kernel itself modifies a word, is refused in a reader; in a writer
+/// everybody sees the new word.
+fn reader_cannot_be_written_by_futex(ctx: &Ctx) -> Res {
+    const FUTEX_WAKE_OP: u64 = 5;
+    // FUTEX_OP_SET of 0x7f, comparing with 0 for equality.
+    const SET: u64 = 0x7f << 12;
+    let m = mixed(ctx)?;
+    let op: Remote = |a, _| {
+        let r = sys::syscall(libc::SYS_futex, &[a[0], FUTEX_WAKE_OP, 1, 1, a[1], SET]);
+        (flat(r), vec![])
+    };
+    for page in [0, 5, GRANULE_PAGES + 5] {
+        let (p, a) = &m.readers[0];
+        let own = p.mmap(0, PAGE, RW, PRIVATE | ANON, -1, 0)??;
+        let (r, _) = p.call(op, &[own, a + page * PAGE], &[])?;
+        ensure_eq!(r, -i64::from(libc::EFAULT), "FUTEX_WAKE_OP in a reader");
+        m.verify()?;
+    }
+    let page = 5;
+    let w = m.writers.peer(0);
+    let own = w.mmap(0, PAGE, RW, PRIVATE | ANON, -1, 0)??;
+    let (r, _) = w.call(op, &[own, m.writers.at(0, page)], &[])?;
+    ensure_eq!(r, 0, "FUTEX_WAKE_OP in a writer");
+    for (p, a) in [
+        (m.writers.peer(1), m.writers.at(1, page)),
+        (&m.readers[0].0, m.readers[0].1 + page * PAGE),
+        (&m.readers[1].0, m.readers[1].1 + page * PAGE),
+    ] {
+        ensure_eq!(p.load(a)?? as u32, 0x7f, "the word that the kernel set");
+    }
+    Ok(())
+}
+
+/// Those who map the file executable share a table, and nobody else executes by it.
+fn reader_cannot_execute(ctx: &Ctx) -> Res {
+    const RX: u64 = (libc::PROT_READ | libc::PROT_EXEC) as u64;
+    const RET: u8 = 0xc3;
+    ctx.opt_in()?;
+    let fd = sys::memfd(2 * GRANULE)?;
+    sys::pwrite(&fd, &vec![RET; 2 * GRANULE as usize], 0)?;
+    // Calls code in a child, since a fault of the code itself is not survived.
+    let execute: Remote = |a, _| match sys::fork() {
+        Ok(0) => {
+            // SAFETY: if it can be executed at all, what is there only returns.
+            let f = unsafe { std::mem::transmute::<usize, extern "C" fn()>(a[0] as usize) };
+            f();
+            sys::exit_now(0)
+        }
+        Ok(pid) => (sys::wait(pid).map_or(-1, i64::from), vec![]),
+        Err(e) => (flat(Err(e)), vec![]),
+    };
+    let mut peers = vec![];
+    for prot in [RX, RX, RO, RO, RW, RW] {
+        let p = Peer::spawn()?;
+        let a = p.map(&fd, 0, 2 * GRANULE, prot)?;
+        p.touch(a, pages(2))?;
+        expect_tables(ctx, &p, 2)?;
+        peers.push((p, a, prot));
+    }
+    for page in [0, 9, GRANULE_PAGES + 9] {
+        for (p, a, prot) in &peers {
+            let (status, _) = p.call(execute, &[a + page * PAGE], &[])?;
+            let wanted = if *prot == RX { 0 } else { libc::SIGSEGV };
+            let got = status as i32 & !0x80;
+            ensure_eq!(
+                got,
+                wanted,
+                "wait status of a call of page {page}, protection {prot}"
+            );
+        }
+        for (p, a, prot) in &peers {
+            let r = p.store(a + page * PAGE, u64::from_ne_bytes([RET; 8]))?;
+            ensure_eq!(r.is_ok(), *prot == RW, "store by protection {prot}");
+        }
+    }
+    for (p, _, _) in &peers {
+        expect_tables(ctx, p, 2)?;
+    }
+    Ok(())
+}
+
+/// PTRACE_POKEDATA, /proc/PID/mem and process_vm_writev into one writer are seen by everybody.
+fn writer_is_written_for_all_by_ptrace(ctx: &Ctx) -> Res {
+    let m = mixed(ctx)?;
+    let pid = m.writers.peer(0).pid;
+    let seen = |page: u64, value: u64| -> Res {
+        for (p, a) in &m.readers {
+            ensure_eq!(
+                p.load(a + page * PAGE)?,
+                Ok(value),
+                "a reader's page {page}"
+            );
+        }
+        let other = m.writers.peer(1).load(m.writers.at(1, page))?;
+        ensure_eq!(other, Ok(value), "the other writer's page {page}");
+        Ok(())
+    };
+    let mem = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(format!("/proc/{pid}/mem"))?;
+    // The last one is absent before.
+    sys::punch(&m.writers.fd, 17 * PAGE, PAGE)?;
+    for page in [0, GRANULE_PAGES + 5, 17] {
+        let at = m.writers.at(0, page);
+        let mut value = 0x1111 + page;
+        sys::syscall(
+            libc::SYS_ptrace,
+            &[u64::from(libc::PTRACE_ATTACH), pid as u64],
+        )?;
+        sys::wait(pid)?;
+        let poked = sys::syscall(
+            libc::SYS_ptrace,
+            &[u64::from(libc::PTRACE_POKEDATA), pid as u64, at, value],
+        );
+        sys::syscall(
+            libc::SYS_ptrace,
+            &[u64::from(libc::PTRACE_DETACH), pid as u64],
+        )?;
+        poked?;
+        seen(page, value)?;
+        value += 0x1111;
+        sys::pwrite(&mem, &value.to_ne_bytes(), at)?;
+        seen(page, value)?;
+        value += 0x1111;
+        let (local, remote) = ([&raw const value as u64, 8], [at, 8]);
+        let a = [
+            pid as u64,
+            local.as_ptr() as u64,
+            1,
+            remote.as_ptr() as u64,
+            1,
+            0,
+        ];
+        ensure_eq!(
+            sys::syscall(libc::SYS_process_vm_writev, &a),
+            Ok(8),
+            "process_vm_writev"
+        );
+        seen(page, value)?;
+    }
+    m.writers.expect_all(2)
+}
+
+/// /proc/PID/mem reads even what its process may not; the fault it takes gives nobody access.
+fn prot_none_is_read_by_proc_mem_only(ctx: &Ctx) -> Res {
+    let mut t = Team::new(ctx, 2, 2)?;
+    let blind = [Peer::spawn()?, Peer::spawn()?];
+    let mut at = vec![];
+    for p in &blind {
+        at.push(p.map(&t.fd, 0, 2 * GRANULE, sys::NONE)?);
+    }
+    for page in [0, 5, GRANULE_PAGES + 5] {
+        t.store(1, page)?;
+        for (p, a) in blind.iter().zip(&at) {
+            let mem = std::fs::OpenOptions::new()
+                .read(true)
+                .write(true)
+                .open(format!("/proc/{}/mem", p.pid))?;
+            let mut word = [0; 8];
+            sys::pread(&mem, &mut word, a + page * PAGE)?;
+            let want = first_word(t.model.seed, page, t.model.pages[page as usize]);
+            ensure_eq!(u64::from_ne_bytes(word), want, "read by /proc/PID/mem");
+            let r = sys::pwrite(&mem, &word, a + page * PAGE);
+            ensure!(r.is_err(), "written by /proc/PID/mem");
+        }
+        for (p, a) in blind.iter().zip(&at) {
+            for got in [
+                p.load(a + page * PAGE)?.map(drop),
+                p.store(a + page * PAGE, 1)?,
+            ] {
+                ensure!(
+                    matches!(got, Err(f) if f.code == sys::SEGV_ACCERR),
+                    "access to PROT_NONE: {got:?}"
+                );
+            }
+        }
+    }
+    t.coherent()?;
+    t.expect_all(2)
 }
 
 /// A PROT_NONE mapping of a shared file gives nothing, neither before nor after others populate.
