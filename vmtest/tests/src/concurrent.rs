@@ -27,24 +27,29 @@ group!("concurrent";
     attach_and_exit_race(120),
 );
 
-const GRANULES: u64 = 4;
+/// Size of the file.
+pub const GRANULES: u64 = 4;
 const SEED: u64 = 0x5eed;
 
 /// The mark of a page, in the upper half of each word that is ever stored to it.
-fn mark(page: u64) -> u64 {
+pub fn mark(page: u64) -> u64 {
     (crate::oracle::first_word(SEED, page, 1) >> 32) << 32
 }
 
-fn foreign(page: u64, word: u64) -> bool {
+/// Has a word of a page come from elsewhere?
+pub fn foreign(page: u64, word: u64) -> bool {
     word != 0 && word >> 32 != mark(page) >> 32
 }
 
-/// How a worker ended: 0 is well.
-const FOREIGN: i64 = 1;
-const UNEXPLAINED: i64 = 2;
-const SYSCALL: i64 = 3;
+/// How a worker ended: 0 is well, or with foreign data,
+pub const FOREIGN: i64 = 1;
+/// with an access that cannot be explained,
+pub const UNEXPLAINED: i64 = 2;
+/// with a system call that failed.
+pub const SYSCALL: i64 = 3;
 
-fn report(code: i64, what: String) -> (i64, Vec<u8>) {
+/// A worker's answer.
+pub fn report(code: i64, what: String) -> (i64, Vec<u8>) {
     (code, what.into_bytes())
 }
 
@@ -66,7 +71,7 @@ fn explained(m: &Map, write: bool, f: &Fault) -> bool {
 }
 
 /// Random work until time is up. Arguments: fd, seed, milliseconds, arena.
-const WORKER: Remote = |a, _| {
+pub const WORKER: Remote = |a, _| {
     let (fd, mut dice, arena) = (a[0] as i32, Dice::new(a[1]), a[3]);
     sys::pin_to_cpu(a[1] as usize);
     let end = Instant::now() + Duration::from_millis(a[2]);
@@ -218,16 +223,20 @@ fn fork_and_touch(m: &Map, page: u64, addr: u64) -> (i64, Vec<u8>) {
     }
 }
 
-struct Crowd {
-    fd: OwnedFd,
-    workers: Vec<Peer>,
+/// Workers on one file for some time.
+pub struct Crowd {
+    /// The file.
+    pub fd: OwnedFd,
+    /// Those who have been started and not dropped.
+    pub workers: Vec<Peer>,
     started: u64,
     seed: u64,
     end: Instant,
 }
 
 impl Crowd {
-    fn new(ctx: &Ctx, n: usize, time: Duration) -> Res<Crowd> {
+    /// A file and `n` workers that do everything.
+    pub fn new(ctx: &Ctx, n: usize, time: Duration) -> Res<Crowd> {
         ctx.opt_in()?;
         let fd = sys::memfd(GRANULES * GRANULE)?;
         let mut c = Crowd {
@@ -247,14 +256,15 @@ impl Crowd {
     }
 
     /// Writes a page with its mark by descriptor.
-    fn write(&self, page: u64) -> Res {
+    pub fn write(&self, page: u64) -> Res {
         let bytes: Vec<u8> = (0..512)
             .flat_map(|n| (mark(page) | n).to_ne_bytes())
             .collect();
         Ok(sys::pwrite(&self.fd, &bytes, page * PAGE)?)
     }
 
-    fn start(&mut self, f: Remote) -> Res {
+    /// Starts a worker with its own seed and arena.
+    pub fn start(&mut self, f: Remote) -> Res {
         let p = Peer::spawn()?;
         self.started += 1;
         let left = self
@@ -276,12 +286,13 @@ impl Crowd {
         Ok(())
     }
 
-    fn running(&self) -> bool {
+    /// Is there time left?
+    pub fn running(&self) -> bool {
         Instant::now() < self.end
     }
 
     /// All that is left must end well; then no page may hold anything foreign.
-    fn finish(mut self) -> Res {
+    pub fn finish(mut self) -> Res {
         for w in self.workers.drain(..) {
             let (code, why) = w.finish()?;
             let kind = [
@@ -318,17 +329,19 @@ fn crowd(ctx: &Ctx) -> Res<Crowd> {
 }
 
 /// Links must have been made meanwhile, else the stress stressed something else.
-struct Linked(Option<u64>);
+pub struct Linked(Option<u64>);
 
 impl Linked {
-    fn watch(ctx: &Ctx) -> Linked {
+    /// From now on.
+    pub fn watch(ctx: &Ctx) -> Linked {
         Linked(
             ctx.sharing
                 .then(|| kernel::vmstat("ptshare_link").unwrap_or(0)),
         )
     }
 
-    fn check(&self) -> Res {
+    /// Enough were made.
+    pub fn check(&self) -> Res {
         if let Some(before) = self.0 {
             let now = kernel::vmstat("ptshare_link").unwrap_or(0);
             ensure!(

@@ -9,6 +9,7 @@ mod concurrent;
 mod damon;
 mod faults;
 mod fork;
+mod gup;
 mod harness;
 mod inplace;
 mod kernel;
@@ -88,6 +89,7 @@ fn selected(filter: &str) -> Vec<harness::Test> {
         faults::tests(),
         fork::tests(),
         concurrent::tests(),
+        gup::tests(),
         allocfail::tests(),
     ];
     let wanted = |t: &harness::Test| filter.split(',').any(|f| t.name.contains(f));

@@ -27,6 +27,16 @@ impl Ring {
         IoUring::new(2).map(Ring).map_err(errno)
     }
 
+    /// Registers memory as fixed buffer 0, which pins its pages for writing.
+    pub fn register(&self, addr: u64, len: u64) -> Sys<()> {
+        let buffer = libc::iovec {
+            iov_base: addr as *mut _,
+            iov_len: len as usize,
+        };
+        // SAFETY: the tests register mappings of theirs that hold no value of Rust's.
+        unsafe { self.0.submitter().register_buffers(&[buffer]) }.map_err(errno)
+    }
+
     /// Reads the file into memory, in the submitting thread or in one of the kernel's.
     pub fn read(&mut self, t: Transfer, worker: bool) -> Sys<u64> {
         let sqe = opcode::Read::new(Fd(t.fd), t.addr as *mut u8, t.len as u32).offset(t.at);
@@ -37,6 +47,12 @@ impl Ring {
     pub fn write(&mut self, t: Transfer, worker: bool) -> Sys<u64> {
         let sqe = opcode::Write::new(Fd(t.fd), t.addr as *const u8, t.len as u32).offset(t.at);
         self.run(sqe.build(), worker)
+    }
+
+    /// Reads the file into fixed buffer 0.
+    pub fn read_fixed(&mut self, t: Transfer) -> Sys<u64> {
+        let sqe = opcode::ReadFixed::new(Fd(t.fd), t.addr as *mut u8, t.len as u32, 0).offset(t.at);
+        self.run(sqe.build(), false)
     }
 
     fn run(&mut self, sqe: Entry, worker: bool) -> Sys<u64> {
