@@ -6,8 +6,8 @@ use crate::kernel::{self, pagemap};
 use crate::machine::{Cgroup, Ext4, Setting, Swap};
 use crate::oracle::pages;
 use crate::peer::{flat, Peer, Remote};
-use crate::sys::{self, Errno, FIXED, GRANULE, GRANULE_PAGES, PAGE, RW, SHARED};
-use crate::team::{Member, Team};
+use crate::sys::{self, Errno, FIXED, GRANULE, GRANULE_PAGES, PAGE, RO, RW, SHARED};
+use crate::team::{expect_tables, Member, Team};
 use crate::{ensure, ensure_eq, group, skip};
 use std::fs;
 use std::os::fd::AsRawFd;
@@ -24,6 +24,8 @@ group!("inplace";
     punch_while_everybody_rewrites,
     zero_range_ext4,
     seals_see_the_mappings,
+    future_write_seal,
+    locked_segment_stays_in_memory(180),
     swap_out_and_in(180),
     swap_out_dirty_again_and_again(180),
     swapoff(180),
@@ -243,6 +245,119 @@ fn seals_see_the_mappings(ctx: &Ctx) -> Res {
         "a writable mapping of a sealed file"
     );
     Ok(())
+}
+
+/// F_SEAL_FUTURE_WRITE: who maps the file writable goes on, nobody else may, and those who map it for
+/// reading afterwards share with those who did before and are as little able to write.
+fn future_write_seal(ctx: &Ctx) -> Res {
+    const F_SEAL_FUTURE_WRITE: u64 = 0x10;
+    let fd = sys::memfd_flags(2 * GRANULE, libc::MFD_ALLOW_SEALING)?;
+    let mut t = Team::on(ctx, fd, 2, 2)?;
+    let mut readers = vec![];
+    let mut join = |t: &Team| -> Res {
+        let p = Peer::spawn()?;
+        let a = p.map(&t.fd, 0, 2 * GRANULE, RO)?;
+        p.touch(a, pages(2))?;
+        expect_tables(ctx, &p, 2)?;
+        readers.push((p, a));
+        Ok(())
+    };
+    join(&t)?;
+    let before = kernel::gauges();
+    sys::syscall(
+        libc::SYS_fcntl,
+        &[
+            t.raw() as u64,
+            libc::F_ADD_SEALS as u64,
+            F_SEAL_FUTURE_WRITE,
+        ],
+    )?;
+    join(&t)?;
+    join(&t)?;
+    if let (true, Some(before), Some(now)) = (ctx.sharing, before, kernel::gauges()) {
+        ensure_eq!(now.tables, before.tables, "tables after two more readers");
+    }
+    let r = t.peer(0).mmap(0, 2 * GRANULE, RW, SHARED, t.raw(), 0)?;
+    ensure_eq!(r, Err(Errno(libc::EPERM)), "a new writable mapping");
+    for (i, (p, a)) in readers.iter().enumerate() {
+        if i > 0 {
+            let r = p.mprotect(*a, GRANULE, RW)?;
+            ensure_eq!(r, Err(Errno(libc::EACCES)), "mprotect of reader {i}");
+        }
+        let got = p.store(a + 5 * PAGE, 1)?;
+        ensure!(
+            matches!(got, Err(f) if f.code == sys::SEGV_ACCERR),
+            "store by reader {i}: {got:?}"
+        );
+    }
+    t.coherent()?;
+    for (p, a) in &readers {
+        t.model.verify_mapped(p, *a, 0..pages(2))?;
+        expect_tables(ctx, p, 2)?;
+    }
+    t.expect_all(2)
+}
+
+/// SHM_LOCK of a System V segment: nothing of it is reclaimed from under those who share its tables,
+/// and after SHM_UNLOCK it is again.
+fn locked_segment_stays_in_memory(ctx: &Ctx) -> Res {
+    const SHM_LOCK: u64 = 11;
+    const SHM_UNLOCK: u64 = 12;
+    ctx.opt_in()?;
+    let swap = Swap::on(256)?;
+    let group = Cgroup::enter()?;
+    let id = sys::syscall(
+        libc::SYS_shmget,
+        &[0, 3 * GRANULE, 0o600 | libc::IPC_CREAT as u64],
+    )?;
+    let control = |what: u64| sys::syscall(libc::SYS_shmctl, &[id, what, 0]);
+    let r = (|| -> Res {
+        let mut model = crate::oracle::Model::new(ctx.seed, pages(3));
+        let peers = [Peer::spawn()?, Peer::spawn()?];
+        let mut at = vec![];
+        for p in &peers {
+            at.push(p.syscall(libc::SYS_shmat, &[id, 0, 0])??);
+        }
+        for page in 0..pages(3) {
+            let i = page as usize % 2;
+            model.store(&peers[i], at[i] + page * PAGE, page)?;
+        }
+        let present = |i: usize| -> Res<u64> {
+            let seen = kernel::pagemap(peers[i].pid, at[i], pages(3))?;
+            Ok(seen.iter().filter(|e| *e & pagemap::PRESENT != 0).count() as u64)
+        };
+        control(SHM_LOCK)?;
+        for (p, a) in peers.iter().zip(&at) {
+            p.touch(*a, pages(3))?;
+            expect_tables(ctx, p, 3)?;
+        }
+        for _ in 0..4 {
+            group.reclaim(3 * GRANULE);
+        }
+        for i in 0..2 {
+            ensure_eq!(present(i)?, pages(3), "pages of a locked segment");
+        }
+        control(SHM_UNLOCK)?;
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while present(0)? > pages(3) * 3 / 4 && Instant::now() < deadline {
+            group.reclaim(3 * GRANULE);
+        }
+        for i in 0..2 {
+            let n = present(i)?;
+            ensure!(
+                n <= pages(3) * 3 / 4,
+                "{n} pages are mapped after SHM_UNLOCK and reclaim"
+            );
+        }
+        ensure!(swap.used_pages() > 0, "nothing was swapped out");
+        for (p, a) in peers.iter().zip(&at) {
+            model.verify_mapped(p, *a, 0..pages(3))?;
+            expect_tables(ctx, p, 3)?;
+        }
+        Ok(())
+    })();
+    control(libc::IPC_RMID as u64)?;
+    r
 }
 
 // ---- reclaim ----

@@ -20,6 +20,8 @@ group!("leave";
     mprotect_one_page_to_none,
     mprotect_same_protection_changes_nothing,
     mprotect_refused_changes_nothing,
+    pkey_mprotect_granule,
+    pkey_mprotect_without_a_key,
     munmap_whole,
     munmap_one_granule,
     munmap_one_page_in_the_middle,
@@ -235,6 +237,82 @@ fn mprotect_refused_changes_nothing(ctx: &Ctx) -> Res {
         )?;
     }
     t.verify_all()?;
+    t.expect_all(3)
+}
+
+/// pkey_mprotect of a granule: it leaves, and the key holds for this process and this granule only.
+fn pkey_mprotect_granule(ctx: &Ctx) -> Res {
+    let mut t = scene(ctx)?;
+    // Arguments: address, value of the key's rights. A word is loaded and one is stored in between,
+    // since the rights are the thread's.
+    let with_rights: Remote = |a, _| {
+        let (addr, key, rights) = (a[0], a[1], a[2]);
+        pkey_set(key, rights);
+        let loaded = sys::load64(addr);
+        let stored = loaded.and_then(|v| sys::store64(addr, v));
+        pkey_set(key, 0);
+        let code = |r: Option<Fault>| r.map_or(0, |f| i64::from(f.code));
+        (code(loaded.err()) | code(stored.err()) << 8, vec![])
+    };
+    let key = match t.peer(0).syscall(libc::SYS_pkey_alloc, &[0, 0])? {
+        Err(e) => skip!("no protection keys: {e}"),
+        Ok(key) => key,
+    };
+    let (at, page) = (t.granule(0, 1), GRANULE_PAGES);
+    t.peer(0)
+        .syscall(libc::SYS_pkey_mprotect, &[at, GRANULE, RW, key])??;
+    t.expect_left(1)?;
+    t.coherent()?;
+    // Access disabled, and writing disabled.
+    let (denied, none) = (i64::from(SEGV_PKUERR), 0);
+    for (rights, wanted) in [(1, denied | denied << 8), (2, denied << 8), (0, none)] {
+        for (addr, wanted) in [(t.at(0, page + 9), wanted), (t.at(0, 9), none)] {
+            let (r, _) = t.peer(0).call(with_rights, &[addr, key, rights], &[])?;
+            ensure_eq!(r, wanted, "faults at {addr:#x} with rights {rights}");
+        }
+        others_go_on(&mut t, &[(0, pages(3))])?;
+    }
+    t.expect_left(1)?;
+    // Back to the key that everything has.
+    t.peer(0)
+        .syscall(libc::SYS_pkey_mprotect, &[at, GRANULE, RW, 0])??;
+    t.coherent()?;
+    t.expect_all(3)
+}
+
+const SEGV_PKUERR: i32 = 4;
+
+/// Sets this thread's rights by a protection key: 1 is no access, 2 no writing.
+fn pkey_set(key: u64, rights: u64) {
+    let shift = 2 * key;
+    // SAFETY: the kernel gave out a key, so the CPU has the register; rights by that key concern the
+    // tested granule only.
+    unsafe {
+        let pkru: u32;
+        std::arch::asm!("rdpkru", in("ecx") 0, out("eax") pkru, out("edx") _);
+        let pkru = pkru & !(3 << shift) | (rights as u32) << shift;
+        std::arch::asm!("wrpkru", in("ecx") 0, in("eax") pkru, in("edx") 0);
+    }
+}
+
+/// pkey_mprotect without a key is mprotect.
+fn pkey_mprotect_without_a_key(ctx: &Ctx) -> Res {
+    const NO_KEY: u64 = u64::MAX;
+    let mut t = scene(ctx)?;
+    let at = t.granule(0, 1);
+    match t
+        .peer(0)
+        .syscall(libc::SYS_pkey_mprotect, &[at, GRANULE, RO, NO_KEY])?
+    {
+        Err(Errno(libc::ENOSYS)) => skip!("no protection keys in this kernel"),
+        r => r?,
+    };
+    t.expect_left(1)?;
+    refused(&t, 0, GRANULE_PAGES + 9)?;
+    others_go_on(&mut t, &[(0, pages(3))])?;
+    t.peer(0)
+        .syscall(libc::SYS_pkey_mprotect, &[at, GRANULE, RW, NO_KEY])??;
+    t.coherent()?;
     t.expect_all(3)
 }
 
