@@ -7,12 +7,14 @@
 //! the spinner does after it has read that number must be by the new state.
 
 use crate::harness::{Ctx, Res};
+use crate::kernel;
 use crate::machine::{Cgroup, Setting, Swap};
 use crate::oracle::pages;
 use crate::peer::{Peer, Remote};
 use crate::sys::{self, Fault, ANON, FIXED, GRANULE, GRANULE_PAGES, PAGE, RO, RW, SHARED};
 use crate::team::Team;
 use crate::{ensure, ensure_eq, group};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
@@ -21,10 +23,17 @@ group!("tlb";
     loads_during_punch(120),
     loads_during_reclaim(180),
     loads_during_collapse(120),
+    loads_during_migration(120),
+    loads_during_invalidation(120),
+    loads_by_readers_and_writers(120),
     stores_during_punch(120),
     stores_during_truncate(120),
     stores_during_reclaim(180),
     stores_during_migration(180),
+    stores_during_moves_between_nodes(120),
+    stores_during_collapse(120),
+    stores_while_others_come_and_go(120),
+    stores_during_reclaim_while_others_leave(180),
     stores_during_writeback(120),
     sleeping_sharers_hold_nothing(120),
     own_threads_lose_permission_on_mprotect,
@@ -143,15 +152,25 @@ fn stop(b: &Board, spinners: &[&Peer]) -> Res {
 
 /// Two loaders watch one word while `change` takes the page out; then the next generation is
 /// written and published.
-fn loads_during(ctx: &Ctx, mut change: impl FnMut(&mut Team) -> Res) -> Res {
-    let mut t = Team::new(ctx, 3, 2)?;
+fn loads_during(ctx: &Ctx, change: impl FnMut(&mut Team) -> Res) -> Res {
+    loads_during_on(ctx, sys::memfd(0)?, [RW, RW], change)
+}
+
+/// The same on any file, with loaders of any protection.
+fn loads_during_on(
+    ctx: &Ctx,
+    fd: OwnedFd,
+    protections: [u64; 2],
+    mut change: impl FnMut(&mut Team) -> Res,
+) -> Res {
+    let mut t = Team::on(ctx, fd, 3, 2)?;
     let (b, page) = (board()?, GRANULE_PAGES + 3);
     sys::pin_to_cpu(0);
     sys::pwrite(&t.fd, &1u64.to_ne_bytes(), page * PAGE)?;
     // The board is newer than the members: hand them one that they have as well.
     let watchers = [Peer::spawn()?, Peer::spawn()?];
     for (cpu, w) in [(1, &watchers[0]), (0, &watchers[1])] {
-        let addr = w.map(&t.fd, 0, 2 * GRANULE, RW)?;
+        let addr = w.map(&t.fd, 0, 2 * GRANULE, protections[1 - cpu as usize])?;
         w.touch(addr, pages(2))?;
         crate::team::expect_tables(ctx, w, 2)?;
         w.start(LOADER, &[address(b), addr + page * PAGE, cpu], &[])?;
@@ -203,30 +222,25 @@ fn loads_during_reclaim(ctx: &Ctx) -> Res {
     Ok(())
 }
 
+/// Collapses the second granule of a file through a mapping made for that.
+fn collapse_second_granule(fd: &impl AsRawFd) -> Res<bool> {
+    const MADV_COLLAPSE: u64 = 25;
+    let a = sys::mmap(0, 4 * GRANULE, sys::NONE, sys::PRIVATE | ANON, -1, 0)?;
+    let aligned = a.next_multiple_of(GRANULE);
+    sys::mmap(aligned, 2 * GRANULE, RW, SHARED | FIXED, fd.as_raw_fd(), 0)?;
+    let r = sys::syscall(
+        libc::SYS_madvise,
+        &[aligned + GRANULE, GRANULE, MADV_COLLAPSE],
+    );
+    sys::munmap(a, 4 * GRANULE)?;
+    Ok(r.is_ok())
+}
+
 /// Collapse into a huge folio and back.
 fn loads_during_collapse(ctx: &Ctx) -> Res {
-    const MADV_COLLAPSE: u64 = 25;
     let mut collapsed = 0;
     loads_during(ctx, |t| {
-        let a = sys::mmap(0, 4 * GRANULE, sys::NONE, sys::PRIVATE | ANON, -1, 0)?;
-        let aligned = a.next_multiple_of(GRANULE);
-        sys::mmap(
-            aligned,
-            2 * GRANULE,
-            RW,
-            SHARED | FIXED,
-            std::os::fd::AsRawFd::as_raw_fd(&t.fd),
-            0,
-        )?;
-        if sys::syscall(
-            libc::SYS_madvise,
-            &[aligned + GRANULE, GRANULE, MADV_COLLAPSE],
-        )
-        .is_ok()
-        {
-            collapsed += 1;
-        }
-        sys::munmap(a, 4 * GRANULE)?;
+        collapsed += u32::from(collapse_second_granule(&t.fd)?);
         // A hole in it makes small pages of it again.
         Ok(sys::punch(&t.fd, (GRANULE_PAGES + 3) * PAGE, PAGE)?)
     })?;
@@ -236,8 +250,89 @@ fn loads_during_collapse(ctx: &Ctx) -> Res {
     Ok(())
 }
 
+/// Moves the page between the nodes, by a sharer's addresses.
+fn move_page(t: &Team, node: i32) -> Res<bool> {
+    const MOVE_ALL: u64 = 4;
+    let (addr, mut status) = (t.at(0, GRANULE_PAGES + 3), 0i32);
+    let a = [
+        t.peer(0).pid as u64,
+        1,
+        &raw const addr as u64,
+        &raw const node as u64,
+        &raw mut status as u64,
+        MOVE_ALL,
+    ];
+    sys::syscall(libc::SYS_move_pages, &a)?;
+    Ok(status == node)
+}
+
+/// The page moves to the other node and back: what is written there a stale loader never sees.
+fn loads_during_migration(ctx: &Ctx) -> Res {
+    crate::inplace::two_nodes()?;
+    let (mut node, mut moved) = (0, 0);
+    loads_during(ctx, |t| {
+        node = 1 - node;
+        moved += u32::from(move_page(t, node)?);
+        Ok(())
+    })?;
+    ensure!(moved > 0, "the page never moved");
+    Ok(())
+}
+
+/// Direct I/O to the file invalidates its page cache, from under all sharers.
+fn loads_during_invalidation(ctx: &Ctx) -> Res {
+    use std::os::unix::fs::OpenOptionsExt;
+    let fs = crate::machine::Ext4::mount(64)?;
+    let file = fs.file("f")?;
+    let direct = std::fs::OpenOptions::new()
+        .write(true)
+        .custom_flags(libc::O_DIRECT)
+        .open(fs.dir.join("f"))?;
+    let buf = sys::mmap(0, PAGE, RW, sys::PRIVATE | ANON, -1, 0)?;
+    let at = (GRANULE_PAGES + 3) * PAGE;
+    loads_during_on(ctx, file.into(), [RW, RW], |_| {
+        // Zeros, which the loaders take for a page that is out just now.
+        let a = [direct.as_raw_fd() as u64, buf, PAGE, at];
+        ensure_eq!(
+            sys::syscall(libc::SYS_pwrite64, &a),
+            Ok(PAGE),
+            "direct write"
+        );
+        Ok(())
+    })
+}
+
+/// A page that is in two tables, the writers' and the readers', goes from both.
+fn loads_by_readers_and_writers(ctx: &Ctx) -> Res {
+    let mut round = 0;
+    loads_during_on(ctx, sys::memfd(0)?, [RO, RW], |t| {
+        round += 1;
+        let at = (GRANULE_PAGES + 3) * PAGE;
+        match round % 3 {
+            0 => {
+                sys::ftruncate(&t.fd, GRANULE).and_then(|()| sys::ftruncate(&t.fd, 2 * GRANULE))?
+            }
+            1 => sys::punch(&t.fd, at, PAGE)?,
+            _ => {
+                t.peer(1)
+                    .madvise(t.at(1, GRANULE_PAGES + 3), PAGE, libc::MADV_REMOVE)??;
+            }
+        }
+        Ok(())
+    })
+}
+
 /// A storer runs while `change` takes the page out: what it stores afterwards must be in the file.
-fn stores_during(ctx: &Ctx, mut change: impl FnMut(&Team) -> Res) -> Res {
+fn stores_during(ctx: &Ctx, change: impl FnMut(&Team) -> Res) -> Res {
+    stores_during_then(ctx, change, |_, _| Ok(()))
+}
+
+/// The same, with a look at the storer and its mapping after each change.
+fn stores_during_then(
+    ctx: &Ctx,
+    mut change: impl FnMut(&Team) -> Res,
+    look: impl Fn(&Peer, u64) -> Res,
+) -> Res {
     let t = Team::new(ctx, 2, 2)?;
     let (b, page) = (board()?, GRANULE_PAGES + 3);
     sys::pin_to_cpu(0);
@@ -261,6 +356,7 @@ fn stores_during(ctx: &Ctx, mut change: impl FnMut(&Team) -> Res) -> Res {
             got >= at_least,
             "store {at_least} was acknowledged, the file holds {got} (round {rounds})"
         );
+        look(&p, addr)?;
         // And another sharer sees it too.
         let seen = t.peer(0).load(t.at(0, page))?;
         ensure!(
@@ -270,6 +366,9 @@ fn stores_during(ctx: &Ctx, mut change: impl FnMut(&Team) -> Res) -> Res {
         rounds += 1;
     }
     stop(b, &[&p])?;
+    // Where a huge page was left there is no table.
+    sys::punch(&t.fd, GRANULE, GRANULE)?;
+    p.touch(addr, pages(2))?;
     crate::team::expect_tables(ctx, &p, 2)
 }
 
@@ -305,7 +404,7 @@ fn stores_during_reclaim(ctx: &Ctx) -> Res {
 /// Migration of the page being stored to, by soft offlining where there is that, by compaction
 /// otherwise: no store goes to the old frame.
 fn stores_during_migration(ctx: &Ctx) -> Res {
-    let before = crate::kernel::vmstat("pgmigrate_success").unwrap_or(0);
+    let before = kernel::vmstat("pgmigrate_success").unwrap_or(0);
     let mut offlined = 0;
     stores_during(ctx, |t| {
         if offlined < 8 {
@@ -315,9 +414,157 @@ fn stores_during_migration(ctx: &Ctx) -> Res {
         std::fs::write("/proc/sys/vm/compact_memory", "1").ok();
         Ok(())
     })?;
-    if crate::kernel::vmstat("pgmigrate_success").unwrap_or(0) == before {
+    if kernel::vmstat("pgmigrate_success").unwrap_or(0) == before {
         crate::skip!("nothing was migrated");
     }
+    Ok(())
+}
+
+/// The page moves to the other node and back: no store goes to the frame that it left.
+fn stores_during_moves_between_nodes(ctx: &Ctx) -> Res {
+    crate::inplace::two_nodes()?;
+    let (mut node, mut moved) = (0, 0);
+    stores_during(ctx, |t| {
+        node = 1 - node;
+        moved += u32::from(move_page(t, node)?);
+        Ok(())
+    })?;
+    ensure!(moved > 0, "the page never moved");
+    Ok(())
+}
+
+/// One huge folio takes the page's place, and is split again. Whatever a fault finds changed under it,
+/// the storer maps the huge page or shares a table.
+fn stores_during_collapse(ctx: &Ctx) -> Res {
+    let mut collapsed = 0;
+    stores_during_then(
+        ctx,
+        |t| {
+            collapsed += u32::from(collapse_second_granule(&t.fd)?);
+            // A hole beside it makes small pages of it again.
+            Ok(sys::punch(&t.fd, (GRANULE_PAGES + 5) * PAGE, PAGE)?)
+        },
+        |p, addr| {
+            if ctx.sharing {
+                let smaps = kernel::smaps_of(p.pid, addr)?;
+                let huge = kernel::kb_in(&smaps, "ShmemPmdMapped").unwrap_or(0);
+                let tables = kernel::tables_of(p.pid)?;
+                ensure_eq!(tables + huge / 2048, 2, "shared tables and huge pages");
+            }
+            Ok(())
+        },
+    )?;
+    if collapsed == 0 {
+        crate::skip!("MADV_COLLAPSE of shmem never worked");
+    }
+    Ok(())
+}
+
+/// The storer's table is left by others all the while, down to the storer alone, which takes it back,
+/// and it is found or published again.
+fn stores_while_others_come_and_go(ctx: &Ctx) -> Res {
+    let t = Team::new(ctx, 2, 2)?;
+    let b = board()?;
+    sys::pin_to_cpu(0);
+    let page = GRANULE_PAGES + 3;
+    // Only the storer and those who come and go map the second granule.
+    for i in 0..2 {
+        t.peer(i).munmap(t.granule(i, 1), GRANULE)?;
+    }
+    let p = Peer::spawn()?;
+    let addr = p.map(&t.fd, 0, 2 * GRANULE, RW)?;
+    p.touch(addr, pages(2))?;
+    p.start(STORER, &[address(b), addr + page * PAGE, 1], &[])?;
+    let end = Instant::now() + ctx.duration(2, 30);
+    let mut rounds = 0u64;
+    while Instant::now() < end || rounds < 3 {
+        let guests = [Peer::spawn()?, Peer::spawn()?];
+        for g in &guests {
+            let a = g.map(&t.fd, 0, 2 * GRANULE, RW)?;
+            g.touch(a, pages(2))?;
+            let_run(b, 3)?;
+            let at_least = b.stored.load(SeqCst);
+            let seen = g.load(a + page * PAGE)?;
+            ensure!(
+                matches!(seen, Ok(v) if v >= at_least),
+                "store {at_least} was acknowledged, a newcomer sees {seen:?}"
+            );
+            if rounds.is_multiple_of(2) {
+                g.munmap(a + GRANULE, GRANULE)?;
+            }
+        }
+        drop(guests);
+        // Alone again: the page goes.
+        sys::punch(&t.fd, page * PAGE, PAGE)?;
+        let_run(b, 3)?;
+        let at_least = b.stored.load(SeqCst);
+        let mut word = [0; 8];
+        sys::pread(&t.fd, &mut word, page * PAGE)?;
+        let got = u64::from_ne_bytes(word);
+        ensure!(
+            got >= at_least,
+            "store {at_least} was acknowledged, the file holds {got} (round {rounds})"
+        );
+        rounds += 1;
+    }
+    stop(b, &[&p])
+}
+
+/// Reclaim clears entries and flushes once for many, while all but the storer leave the table and the
+/// storer takes it back: the flush that was put off still comes before a page is let go.
+fn stores_during_reclaim_while_others_leave(ctx: &Ctx) -> Res {
+    let swap = Swap::on(128)?;
+    let group = Cgroup::enter()?;
+    let churn: Remote = |a, _| {
+        let (b, fd) = (board_at(a[0]), a[1]);
+        sys::pin_to_cpu(0);
+        while b.stop.load(SeqCst) == 0 {
+            let Ok(at) = sys::mmap(0, 2 * GRANULE, RW, SHARED, fd as i32, 0) else {
+                return (1, vec![]);
+            };
+            for page in 0..8 {
+                if sys::load64(at + GRANULE + page * PAGE).is_err() {
+                    return (2, vec![]);
+                }
+            }
+            sys::munmap(at, 2 * GRANULE).ok();
+        }
+        (0, vec![])
+    };
+    let b = board()?;
+    let mut t = Team::new(ctx, 2, 2)?;
+    let page = GRANULE_PAGES + 3;
+    let p = Peer::spawn()?;
+    let addr = p.map(&t.fd, 0, 2 * GRANULE, RW)?;
+    p.touch(addr, pages(2))?;
+    let churners = [Peer::spawn()?, Peer::spawn()?];
+    t.members.clear();
+    p.start(STORER, &[address(b), addr + page * PAGE, 1], &[])?;
+    for c in &churners {
+        c.start(churn, &[address(b), t.raw() as u64], &[])?;
+    }
+    let end = Instant::now() + ctx.duration(3, 40);
+    let (mut rounds, mut out) = (0, 0);
+    while Instant::now() < end || rounds < 3 {
+        group.reclaim(4 * GRANULE);
+        out = out.max(swap.used_pages());
+        let_run(b, 3)?;
+        let at_least = b.stored.load(SeqCst);
+        let mut word = [0; 8];
+        sys::pread(&t.fd, &mut word, page * PAGE)?;
+        let got = u64::from_ne_bytes(word);
+        ensure!(
+            got >= at_least,
+            "store {at_least} was acknowledged, the file holds {got} (round {rounds})"
+        );
+        rounds += 1;
+    }
+    b.stop.store(1, SeqCst);
+    for c in &churners {
+        ensure_eq!(c.finish()?.0, 0, "how one that comes and goes ended");
+    }
+    stop(b, &[&p])?;
+    ensure!(out > 0, "nothing was ever swapped out");
     Ok(())
 }
 
