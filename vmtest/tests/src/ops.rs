@@ -480,6 +480,48 @@ impl World {
         Ok(())
     }
 
+    /// A second mapping of the same pages: by mremap of size 0, or by moving the tables with
+    /// MREMAP_DONTUNMAP, after which the old place shows the file again too.
+    fn duplicate(&mut self, i: usize) -> Res {
+        let Some((vpn, len, slot)) = self.run(i, true) else {
+            return Ok(());
+        };
+        let mut to = self.dice.place(ARENA_PAGES);
+        if self.dice.chance(70) {
+            to = to / GRANULE_PAGES * GRANULE_PAGES + slot.page % GRANULE_PAGES;
+        }
+        let p = &self.processes[i];
+        let clear = p.slots.range(to..to + len).next().is_none();
+        if !clear || to + len > ARENA_PAGES {
+            return Ok(());
+        }
+        let moved = self.dice.chance(50);
+        self.note(format!(
+            "process {i} duplicates {vpn}+{len} at {to}{}",
+            if moved { " by MREMAP_DONTUNMAP" } else { "" }
+        ));
+        let (from, dest) = (self.address(i, vpn), self.address(i, to));
+        let fixed = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        let (old, flags) = match moved {
+            true => (len, fixed | libc::MREMAP_DONTUNMAP),
+            false => (0, fixed),
+        };
+        let a = [from, old * PAGE, len * PAGE, flags as u64, dest];
+        let p = &mut self.processes[i];
+        match p.peer.syscall(libc::SYS_mremap, &a)? {
+            // The pages are consecutive but in more than one mapping.
+            Err(Errno(libc::EFAULT)) if moved => return Ok(()),
+            // Of locked memory.
+            Err(Errno(libc::EAGAIN)) => return Ok(()),
+            r => ensure_eq!(r, Ok(dest), "mremap"),
+        }
+        for n in 0..len {
+            let page = slot.page + n;
+            p.slots.insert(to + n, Slot { page, ..slot });
+        }
+        Ok(())
+    }
+
     fn foreign(&mut self, i: usize) -> Res {
         // Something else mapped over part of it, and taken away again.
         let vpn = self.dice.place(ARENA_PAGES);
@@ -627,6 +669,104 @@ impl World {
         Ok(())
     }
 
+    /// process_vm_writev or process_vm_readv of one page of a process.
+    fn transfer(&self, i: usize, vpn: u64, bytes: &mut [u8], write: bool) -> sys::Sys<u64> {
+        let nr = match write {
+            true => libc::SYS_process_vm_writev,
+            false => libc::SYS_process_vm_readv,
+        };
+        let local = [bytes.as_mut_ptr() as u64, PAGE];
+        let remote = [self.address(i, vpn), PAGE];
+        let pid = self.processes[i].peer.pid as u64;
+        let [local, remote] = [&local, &remote].map(|v| v.as_ptr() as u64);
+        sys::syscall(nr, &[pid, local, 1, remote, 1, 0])
+    }
+
+    /// What the kernel answers where an access would fault.
+    fn compare_call(expected: &Expected, got: sys::Sys<u64>, what: &str) -> Res {
+        let wanted = match expected {
+            Expected::Fine => Ok(PAGE),
+            Expected::Signal(..) => Err(Errno(libc::EFAULT)),
+        };
+        ensure_eq!(got, wanted, "{what}");
+        Ok(())
+    }
+
+    fn store_from_outside(&mut self, i: usize) -> Res {
+        let vpn = self.some_page(i);
+        let expected = self.expected(i, vpn, true);
+        self.note(format!(
+            "page {vpn} of process {i} is written from outside, expecting {expected:?}"
+        ));
+        let slot = self.processes[i].slots.get(&vpn).copied();
+        let (mut bytes, g) = match slot {
+            Some(s) => {
+                let m = &mut self.files[s.file].model;
+                let g = m.next();
+                (crate::oracle::page_bytes(m.seed, s.page, g), g)
+            }
+            None => (vec![0xee; PAGE as usize], 0),
+        };
+        let got = self.transfer(i, vpn, &mut bytes, true);
+        World::compare_call(&expected, got, "process_vm_writev")?;
+        if let (Expected::Fine, Some(s)) = (expected, slot) {
+            self.files[s.file].model.pages[s.page as usize] = g;
+        }
+        Ok(())
+    }
+
+    fn load_from_outside(&mut self, i: usize) -> Res {
+        let vpn = self.some_page(i);
+        let expected = self.expected(i, vpn, false);
+        self.note(format!(
+            "page {vpn} of process {i} is read from outside, expecting {expected:?}"
+        ));
+        let mut bytes = vec![0; PAGE as usize];
+        let got = self.transfer(i, vpn, &mut bytes, false);
+        World::compare_call(&expected, got, "process_vm_readv")?;
+        self.diagnose(i, vpn, &expected, &bytes)
+    }
+
+    /// Compares a page that was read somehow with the model.
+    fn diagnose(&self, i: usize, vpn: u64, expected: &Expected, bytes: &[u8]) -> Res {
+        if let (Expected::Fine, Some(s)) = (expected, self.processes[i].slots.get(&vpn)) {
+            let m = &self.files[s.file].model;
+            let g = m.pages[s.page as usize];
+            if let Some(why) = crate::oracle::diagnose(m.seed, s.page, g, bytes) {
+                crate::fail!("process {i} page {vpn} (file {}): {why}", s.file);
+            }
+        }
+        Ok(())
+    }
+
+    /// vmsplice, which takes a reference to the page by GUP-fast.
+    fn splice(&mut self, i: usize) -> Res {
+        let vpn = self.some_page(i);
+        let expected = self.expected(i, vpn, false);
+        self.note(format!("process {i} splices {vpn}, expecting {expected:?}"));
+        let splice: crate::peer::Remote = |a, _| {
+            let mut ends = [0i32; 2];
+            let mut bytes = vec![0; PAGE as usize];
+            let r = sys::syscall(libc::SYS_pipe2, &[ends.as_mut_ptr() as u64, 0]).and_then(|_| {
+                let [from, to] = ends.map(|fd| crate::harness::own(fd as u64));
+                let iov = [a[0], PAGE];
+                let a = [to.as_raw_fd() as u64, iov.as_ptr() as u64, 1, 0];
+                let n = sys::syscall(libc::SYS_vmsplice, &a)?;
+                let a = [from.as_raw_fd() as u64, bytes.as_mut_ptr() as u64, n];
+                sys::syscall(libc::SYS_read, &a)
+            });
+            (crate::peer::flat(r), bytes)
+        };
+        let addr = self.address(i, vpn);
+        let (r, bytes) = self.processes[i].peer.call(splice, &[addr], &[])?;
+        let got = match r {
+            0.. => Ok(r as u64),
+            _ => Err(Errno(-r as i32)),
+        };
+        World::compare_call(&expected, got, "vmsplice")?;
+        self.diagnose(i, vpn, &expected, &bytes)
+    }
+
     /// Everything a process may read, run by run.
     fn verify(&self, i: usize) -> Res {
         let p = &self.processes[i];
@@ -679,6 +819,72 @@ impl World {
         Ok(())
     }
 
+    /// The process asks for sharing, or no longer.
+    fn ask(&mut self, i: usize) -> Res {
+        if self.sharing {
+            let on = self.dice.chance(75);
+            self.note(format!("process {i} asks: {on}"));
+            let a = [sys::PR_SET_PTSHARE, u64::from(on)];
+            self.processes[i].peer.syscall(libc::SYS_prctl, &a)??;
+        }
+        Ok(())
+    }
+
+    /// All that the process maps goes to one memory node, as far as it can.
+    fn migrate(&mut self, i: usize) -> Res {
+        let to = 1u64 << self.dice.below(2);
+        let from = 3 ^ to;
+        self.note(format!("process {i} goes to nodes {to:#b}"));
+        let pid = self.processes[i].peer.pid as u64;
+        let [from, to] = [&from, &to].map(|v| v as *const u64 as u64);
+        sys::syscall(libc::SYS_migrate_pages, &[pid, 64, from, to]).ok();
+        Ok(())
+    }
+
+    /// process_madvise: hints by somebody else.
+    fn advise_from_outside(&mut self, i: usize) -> Res {
+        let Some((vpn, len, _)) = self.run(i, false) else {
+            return Ok(());
+        };
+        let hints = [
+            libc::MADV_COLD,
+            libc::MADV_PAGEOUT,
+            libc::MADV_WILLNEED,
+            25, // MADV_COLLAPSE
+        ];
+        let advice = hints[self.dice.below(hints.len() as u64) as usize];
+        self.note(format!("process {i} is advised {vpn}+{len}: {advice}"));
+        let pid = self.processes[i].peer.pid as u64;
+        let pidfd = crate::harness::own(sys::syscall(libc::SYS_pidfd_open, &[pid, 0])?);
+        let range = [self.address(i, vpn), len * PAGE];
+        let a = [
+            pidfd.as_raw_fd() as u64,
+            range.as_ptr() as u64,
+            1,
+            advice as u64,
+            0,
+        ];
+        sys::syscall(libc::SYS_process_madvise, &a).ok();
+        Ok(())
+    }
+
+    /// Writeback, where there is that.
+    fn sync(&mut self) -> Res {
+        let n = self.dice.below(self.files.len() as u64) as usize;
+        self.note(format!("file {n} is synced"));
+        sys::syscall(libc::SYS_fsync, &[self.files[n].fd.as_raw_fd() as u64])?;
+        Ok(())
+    }
+
+    /// Now and then a process gets an MMU notifier, with a virtual machine, and shares no more.
+    fn watch(&mut self, i: usize) -> Res {
+        if self.dice.chance(8) && crate::kvm::available() {
+            self.note(format!("process {i} gets a virtual machine"));
+            crate::kvm::create(&self.processes[i].peer)?;
+        }
+        Ok(())
+    }
+
     fn clear_refs(&mut self, i: usize) {
         self.note(format!("clear_refs of process {i}"));
         std::fs::write(
@@ -690,7 +896,7 @@ impl World {
 
     fn step(&mut self) -> Res {
         let i = self.pick();
-        match self.dice.below(100) {
+        match self.dice.below(120) {
             0..12 => self.map(i),
             12..16 => self.unmap(i),
             16..22 => self.protect(i),
@@ -716,13 +922,22 @@ impl World {
                 self.reclaim();
                 Ok(())
             }
-            _ => {
+            99..100 => {
                 if self.processes.len() < self.max_processes {
                     self.spawn()
                 } else {
                     Ok(())
                 }
             }
+            100..103 => self.duplicate(i),
+            103..106 => self.store_from_outside(i),
+            106..109 => self.load_from_outside(i),
+            109..112 => self.splice(i),
+            112..114 => self.ask(i),
+            114..116 => self.migrate(i),
+            116..118 => self.advise_from_outside(i),
+            118..119 => self.sync(),
+            _ => self.watch(i),
         }
     }
 
