@@ -31,6 +31,9 @@ DECLARE_STATIC_KEY_FALSE(ptshare_key);
 extern atomic_long_t ptshare_flush_wanted;
 extern atomic_long_t ptshare_flush_done;
 
+/* PMD entries that were cleared, and may still be cached: cow_pte_leave(). */
+extern atomic_long_t ptshare_leaving;
+
 /* One chain of the index of shared tables; they are linked by pt_share_next. */
 struct ptshare_bucket {
 	spinlock_t lock;	/* innermost: nothing is taken under it */
@@ -53,6 +56,8 @@ struct ptshare_vma_facts {
 };
 
 void ptshare_arch_flush_granule(struct mm_struct *mm, unsigned long start);
+void ptshare_arch_flush_range(struct mm_struct *mm, unsigned long start,
+			      unsigned long end);
 void ptshare_arch_flush_all(void);
 
 /* In mm/ptshare, called by the functions below and by the hooks. */
@@ -62,7 +67,7 @@ bool ptshare_leave_entry(struct mm_struct *mm, pmd_t *pmd, unsigned long addr);
 void ptshare_leave_vma_range(struct vm_area_struct *vma, unsigned long start,
 			     unsigned long end);
 void ptshare_flush_all(void);
-void ptshare_activate(void);
+void ptshare_activate(unsigned long map_flags);
 int ptshare_extra_mappers(const struct page *page);
 void ptshare_rejoin_vma_range(struct vm_area_struct *vma, unsigned long start,
 			      unsigned long end, bool zap);
@@ -135,7 +140,7 @@ static inline void ptshare_rejoin_vma_range(struct vm_area_struct *vma,
 					    unsigned long start,
 					    unsigned long end, bool zap) { }
 static inline void ptshare_flush_all(void) { }
-static inline void ptshare_activate(void) { }
+static inline void ptshare_activate(unsigned long map_flags) { }
 
 static inline unsigned long ptshare_links_ended(struct address_space *mapping)
 {
@@ -188,10 +193,17 @@ static inline int ptshare_prctl_get(void)
 
 #endif /* CONFIG_PTSHARE */
 
-/* Is @folio mapped once, but in a table that several mms share? */
+/* Is a page of @folio mapped in a table that several mms share? */
 static inline bool ptshare_folio_shared(struct folio *folio)
 {
-	return ptshare_enabled() && ptshare_extra_mappers(&folio->page) > 0;
+	long i;
+
+	if (!ptshare_enabled())
+		return false;
+	for (i = 0; i < folio_nr_pages(folio); i++)
+		if (ptshare_extra_mappers(folio_page(folio, i)) > 0)
+			return true;
+	return false;
 }
 
 /* A boundary of @vma moves to @addr, which may cut a granule in two. */
@@ -245,10 +257,10 @@ static inline void ptshare_leave_before_change(struct vm_area_struct *vma,
 					       unsigned long start,
 					       unsigned long end)
 {
-	if (!ptshare_enabled())
-		return;
+	/* In this order: sharing may be switched on at any time. */
 	vma_start_write(vma);
-	ptshare_leave_vma_range(vma, start, end);
+	if (ptshare_enabled())
+		ptshare_leave_vma_range(vma, start, end);
 }
 
 /*

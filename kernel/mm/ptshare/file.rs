@@ -7,7 +7,7 @@
 //! dropping its PTEs is never visible to a program, and leaving it is always legal.
 
 use crate::core_logic::count::{self, Leave};
-use crate::core_logic::granule::Granule;
+use crate::core_logic::granule::{self, Granule};
 use crate::core_logic::key::Key;
 use crate::mode;
 use crate::sys::entry::{Slot, Upper};
@@ -126,7 +126,7 @@ pub(crate) fn leave(upper: &mut Upper<'_>, start: u64) -> bool {
     let Slot::Table(table) = entry.slot() else {
         return false;
     };
-    if !table.is_shared() {
+    if !table.is_shared() || table.is_forked() {
         return false;
     }
     let locked = table.lock();
@@ -161,19 +161,17 @@ pub(crate) fn leave_range(vma: Vma<'_>, from: u64, to: u64) {
     if !facts.page_cache || facts.mm.links() == 0 {
         return;
     }
-    for start in facts.span.touched(from, to) {
-        if !facts.span.covers(start) {
-            continue;
-        }
+    vma.each_granule(&facts, from, to, |start| {
         if let Some(mut upper) = vma.upper(facts.mm, start) {
             leave(&mut upper, start);
         }
-    }
+        true
+    });
 }
 
 /// Drops tables that are the mm's own where it could share, in the granules that `from..to`
-/// touches, so that the next fault links the shared ones. If `zap`, with the pages in them;
-/// otherwise only empty ones.
+/// touches, so that the next fault links the shared ones. If `zap`, also those with pages in them,
+/// where there is one to link or all of the granule has changed; otherwise only empty ones.
 ///
 /// # Safety
 ///
@@ -183,16 +181,24 @@ pub(crate) unsafe fn rejoin_range(vma: Vma<'_>, from: u64, to: u64, zap: bool) {
     if !facts.eligible() {
         return;
     }
-    for start in facts.span.touched(from, to) {
-        if facts.span.granule(start).is_none() || drop_own(vma, facts.mm, start) || !zap {
-            continue;
+    vma.each_granule(&facts, from, to, |start| {
+        let Some((file, granule)) = facts.granule(start) else {
+            return true;
+        };
+        if drop_own(vma, facts.mm, start) || !zap {
+            return true;
         }
-        if holds_pages(vma, facts.mm, start) {
+        let whole = from <= start && to.saturating_sub(start) >= granule::GRANULE;
+        let wanted = whole
+            || Chain::lock(file, granule.index)
+                .is_some_and(|chain| chain.has(file, facts.key(granule)));
+        if wanted && holds_pages(vma, facts.mm, start) {
             // SAFETY: the mm's lock is held; eligible mappings show the page cache.
             unsafe { vma.zap(start) };
             drop_own(vma, facts.mm, start);
         }
-    }
+        true
+    });
 }
 
 /// Frees the granule's table if it is the mm's own and empty. Returns whether there is none now, or

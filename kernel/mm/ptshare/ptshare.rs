@@ -40,8 +40,14 @@
     unreachable_pub,
     reason = "public in the crate that tests it on the host"
 )]
+#[cfg_attr(
+    not(CONFIG_COW_PTE),
+    allow(dead_code, reason = "what only fork needs")
+)]
 mod core_logic;
 mod file;
+#[cfg(CONFIG_COW_PTE)]
+mod fork;
 mod sys;
 
 use core::ptr::NonNull;
@@ -68,6 +74,10 @@ impl kernel::Module for PtShare {
         sys::index::init()?;
         sys::boot::init()?;
         if mode() == Mode::Always {
+            activate();
+        }
+        #[cfg(CONFIG_COW_PTE)]
+        if fork::default() {
             activate();
         }
         Ok(PtShare)
@@ -109,10 +119,19 @@ fn activate() {
     }
 }
 
-/// Somebody asks for `MAP_SHARED_PT`. To be called without the mm's lock.
+/// Somebody asks for `MAP_SHARED_PT`, with these flags of mmap(2). To be called without the mm's
+/// lock.
 #[no_mangle]
-extern "C" fn ptshare_activate() {
-    activate();
+extern "C" fn ptshare_activate(map_flags: c_ulong) {
+    if mode() != Mode::Off && is_shared(map_flags) {
+        activate();
+    }
+}
+
+/// Do the flags of mmap(2) ask for a shared mapping?
+fn is_shared(map_flags: c_ulong) -> bool {
+    let kind = map_flags as u32 & bindings::MAP_TYPE;
+    kind == bindings::MAP_SHARED || kind == bindings::MAP_SHARED_VALIDATE
 }
 
 /// A fault found its PMD entry empty. Returns whether it no longer is.
@@ -256,10 +275,10 @@ unsafe extern "C" fn ptshare_check_mmap(
     flags: c_ulong,
     pgoff: c_ulong,
 ) -> c_int {
+    let shared = is_shared(flags);
     let flags = flags as u32;
-    let kind = flags & bindings::MAP_TYPE;
     let request = Request {
-        shared: kind == bindings::MAP_SHARED || kind == bindings::MAP_SHARED_VALIDATE,
+        shared,
         hugetlb: flags & bindings::MAP_HUGETLB != 0,
         fixed: flags & (bindings::MAP_FIXED | bindings::MAP_FIXED_NOREPLACE) != 0,
         addr: addr as u64,
@@ -382,4 +401,143 @@ extern "C" fn ptshare_nr_tables() -> c_ulong {
 #[no_mangle]
 extern "C" fn ptshare_nr_links() -> c_ulong {
     sys::table::gauges().1.max(0) as c_ulong
+}
+
+/// Is a fork of `mm` with these flags of clone3(2) to share tables? If so, the hooks are on.
+///
+/// # Safety
+///
+/// `mm` is alive. Sleeping is allowed, and no lock is held.
+#[cfg(CONFIG_COW_PTE)]
+#[no_mangle]
+unsafe extern "C" fn cow_pte_wanted(mm: *mut bindings::mm_struct, clone_flags: u64) -> bool {
+    // SAFETY: as the caller promises.
+    let wanted = fork::wanted(unsafe { Mm::from_raw(mm) }, clone_flags);
+    if wanted {
+        activate();
+    }
+    wanted
+}
+
+/// Shares the tables that `n` entries of a fork's parent point at with the child, up to the first
+/// that points at none. Returns how many.
+///
+/// # Safety
+///
+/// `src_pmd` is the entry of `src_mm` for `addr`, `dst_pmd` that of `dst_mm`, and each is followed by
+/// `n` - 1 more in the same table. `dst_mm` is being made by a fork of `src_mm`, whose mapping there
+/// is locked for write, covers all of these granules, and has nothing that a fork would not copy.
+#[cfg(CONFIG_COW_PTE)]
+#[no_mangle]
+unsafe extern "C" fn cow_pte_share(
+    dst_mm: *mut bindings::mm_struct,
+    src_mm: *mut bindings::mm_struct,
+    dst_pmd: *mut bindings::pmd_t,
+    src_pmd: *mut bindings::pmd_t,
+    addr: c_ulong,
+    n: c_ulong,
+) -> c_ulong {
+    // SAFETY: as the caller promises; none is null.
+    unsafe {
+        let mut upper = sys::entry::Upper::lock(
+            Mm::from_raw(src_mm),
+            NonNull::new_unchecked(src_pmd),
+            addr as u64,
+        );
+        let mut blank = sys::cow::Blank::new(NonNull::new_unchecked(dst_pmd), n as usize);
+        fork::share(&mut upper, Mm::from_raw(dst_mm), &mut blank, addr as u64) as c_ulong
+    }
+}
+
+/// Makes the table around `addr` the mm's own, if a fork left it shared. Returns 0, -ENOMEM, or
+/// -EBUSY if it helps to try again.
+///
+/// # Safety
+///
+/// `vma` is stable and around `addr`: its lock or the mm's lock is held. Sleeping is allowed.
+#[cfg(CONFIG_COW_PTE)]
+#[no_mangle]
+unsafe extern "C" fn cow_pte_unshare(vma: *mut bindings::vm_area_struct, addr: c_ulong) -> c_int {
+    // SAFETY: as the caller promises.
+    let vma = unsafe { Vma::from_raw(vma) };
+    let start = granule::down(addr as u64);
+    fork::unshare(vma, vma.facts().mm, start).map_or_else(|error| error.to_errno(), |()| 0)
+}
+
+/// Makes the tables that a mapping uses in a range its mm's own. Returns as [`cow_pte_unshare`].
+///
+/// # Safety
+///
+/// As for [`cow_pte_unshare`].
+#[cfg(CONFIG_COW_PTE)]
+#[no_mangle]
+unsafe extern "C" fn __cow_pte_unshare_range(
+    vma: *mut bindings::vm_area_struct,
+    start: c_ulong,
+    end: c_ulong,
+) -> c_int {
+    // SAFETY: as the caller promises.
+    fork::unshare_range(unsafe { Vma::from_raw(vma) }, start as u64, end as u64)
+        .map_or_else(|error| error.to_errno(), |()| 0)
+}
+
+/// Unmaps the table that an entry points at, if a fork left it shared. Returns whether the entry was
+/// cleared: then [`cow_pte_flush_left`] must follow.
+///
+/// # Safety
+///
+/// As for [`ptshare_leave_entry`].
+#[cfg(CONFIG_COW_PTE)]
+#[no_mangle]
+unsafe extern "C" fn cow_pte_leave(
+    mm: *mut bindings::mm_struct,
+    pmd: *mut bindings::pmd_t,
+    addr: c_ulong,
+) -> bool {
+    // SAFETY: as the caller promises; neither is null.
+    let mut upper = unsafe {
+        sys::entry::Upper::lock(Mm::from_raw(mm), NonNull::new_unchecked(pmd), addr as u64)
+    };
+    fork::leave(&mut upper, granule::down(addr as u64))
+}
+
+/// Flushes what `n` entries pointed at that were cleared in a range.
+///
+/// # Safety
+///
+/// `mm` is alive, and `n` is how often [`cow_pte_leave`] has returned true for it in that range.
+#[cfg(CONFIG_COW_PTE)]
+#[no_mangle]
+unsafe extern "C" fn cow_pte_flush_left(
+    mm: *mut bindings::mm_struct,
+    start: c_ulong,
+    end: c_ulong,
+    n: c_ulong,
+) {
+    // SAFETY: as the caller promises.
+    sys::flush::leave_ends(unsafe { Mm::from_raw(mm) }, start as u64, end as u64, n as u64);
+}
+
+/// What /proc/PID/use_odf says: 0 or 1.
+///
+/// # Safety
+///
+/// `mm` is alive.
+#[cfg(CONFIG_COW_PTE)]
+#[no_mangle]
+unsafe extern "C" fn cow_pte_get_use(mm: *mut bindings::mm_struct) -> c_int {
+    // SAFETY: as the caller promises.
+    fork::uses(unsafe { Mm::from_raw(mm) }) as c_int
+}
+
+/// Sets what /proc/PID/use_odf says.
+///
+/// # Safety
+///
+/// `mm` is alive.
+#[cfg(CONFIG_COW_PTE)]
+#[no_mangle]
+unsafe extern "C" fn cow_pte_set_use(mm: *mut bindings::mm_struct, wanted: c_int) {
+    // SAFETY: as the caller promises.
+    unsafe { Mm::from_raw(mm) }.choose_odf(wanted != 0);
 }

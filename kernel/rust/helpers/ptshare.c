@@ -5,6 +5,7 @@
 
 #ifdef CONFIG_PTSHARE
 
+#include <linux/cow_pte.h>
 #include <linux/hugetlb.h>
 #include <linux/mm.h>
 #include <linux/mman.h>
@@ -205,6 +206,12 @@ void ptshare_arch_flush_granule(struct mm_struct *mm, unsigned long start)
 	flush_tlb_mm_range(mm, start, start + PMD_SIZE, PAGE_SHIFT, true);
 }
 
+void ptshare_arch_flush_range(struct mm_struct *mm, unsigned long start,
+			      unsigned long end)
+{
+	flush_tlb_mm_range(mm, start, end, PMD_SHIFT, true);
+}
+
 void ptshare_arch_flush_all(void)
 {
 	flush_tlb_all();
@@ -356,5 +363,98 @@ struct mm_struct *rust_helper_ptshare_next_mm(int *nr)
 	put_task_struct(task);
 	return mm;
 }
+
+#ifdef CONFIG_COW_PTE
+bool rust_helper_ptshare_pmd_writes(pmd_t *pmd)
+{
+	return pmd_table_write(pmdp_get_lockless(pmd));
+}
+
+/* Point an empty entry at the table of another one, and write-protect both. */
+void rust_helper_cow_pte_pair(pmd_t *dst, pmd_t *src)
+{
+	pmd_t pmd = *src;
+
+	if (pmd_table_write(pmd)) {
+		pmd = pmd_table_wrprotect(pmd);
+		set_pmd(src, pmd);
+	}
+	set_pmd(dst, pmd);
+}
+
+void rust_helper_cow_pte_unprotect(pmd_t *pmd)
+{
+	set_pmd(pmd, pmd_table_mkwrite(*pmd));
+}
+
+static void cow_pte_find_at_swapoff(struct mm_struct *mm)
+{
+	if (!list_empty(&mm->mmlist))
+		return;
+	spin_lock(&mmlist_lock);
+	if (list_empty(&mm->mmlist))
+		list_add(&mm->mmlist, &init_mm.mmlist);
+	spin_unlock(&mmlist_lock);
+}
+
+/* A fork has made @child use @n tables that @parent uses. */
+void rust_helper_cow_pte_shared(struct mm_struct *child,
+				struct mm_struct *parent, long n)
+{
+	/* Whichever sharer reclaim finds a page through, all have the entry. */
+	cow_pte_find_at_swapoff(parent);
+	cow_pte_find_at_swapoff(child);
+	set_bit(MMF_ODF_BORROWS, &child->flags);
+	set_bit(MMF_ODF_LENDS, &parent->flags);
+	atomic_long_add(n, &child->ptshare_links);
+	count_vm_events(ODF_TABLE_SHARED, n);
+}
+
+void rust_helper_cow_pte_add_rss(struct mm_struct *mm, const int *rss, int sign)
+{
+	int i;
+
+	for (i = 0; i < NR_MM_COUNTERS; i++)
+		if (rss[i])
+			add_mm_counter(mm, i, sign * rss[i]);
+}
+
+void rust_helper_mm_inc_nr_ptes(struct mm_struct *mm)
+{
+	mm_inc_nr_ptes(mm);
+}
+
+void rust_helper_mm_dec_nr_ptes(struct mm_struct *mm)
+{
+	mm_dec_nr_ptes(mm);
+}
+
+struct ptdesc *rust_helper_ptshare_table_alloc(struct mm_struct *mm)
+{
+	pgtable_t table = pte_alloc_one(mm);
+
+	return table ? page_ptdesc(table) : NULL;
+}
+
+void rust_helper_ptshare_table_unalloc(struct mm_struct *mm,
+				       struct ptdesc *table)
+{
+	pte_free(mm, ptdesc_page(table));
+}
+
+int rust_helper_cow_pte_flag(struct mm_struct *mm, int bit)
+{
+	return test_bit(bit, &mm->flags);
+}
+
+void rust_helper_cow_pte_choose(struct mm_struct *mm, bool use)
+{
+	if (use)
+		set_bit(MMF_ODF, &mm->flags);
+	else
+		clear_bit(MMF_ODF, &mm->flags);
+	set_bit(MMF_ODF_CHOSEN, &mm->flags);
+}
+#endif /* CONFIG_COW_PTE */
 
 #endif /* CONFIG_PTSHARE */

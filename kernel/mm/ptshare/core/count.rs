@@ -17,6 +17,10 @@
 //! Those who leave one table exclude each other by its PTE lock; those who link it do not take that
 //! lock. So after [`leave`] has said [`Leave::Others`] the count may rise but not fall until
 //! [`release`], and the leaver can clear its PMD entry and flush in between.
+//!
+//! A fork raises the count of a table that its parent's entry points at ([`fork`]): from 0 to 2, for
+//! parent and child, or by one. Nobody but sharers forks, so a count of 1 does not rise behind the
+//! back of the one who is left.
 
 /// An atomic counter. What changes it is fully ordered, as in the kernel; a mere load need not be.
 pub trait Counter {
@@ -49,6 +53,14 @@ pub fn link<C: Counter>(count: &C) -> bool {
         seen = was;
     }
     false
+}
+
+/// Adds the child of a fork to those who use a table of the parent's, whose PMD entries nobody else
+/// changes meanwhile.
+///
+/// Returns whether the table was the parent's own: parent and child are its first two sharers.
+pub fn fork<C: Counter>(count: &C) -> bool {
+    !link(count) && count.compare_exchange(0, 2) == 0
 }
 
 /// Begins to leave. The caller is a sharer and holds the table's PTE lock.

@@ -40,6 +40,11 @@ pub const fn down(addr: u64) -> u64 {
     addr & !(GRANULE - 1)
 }
 
+/// The first address that is below another table of the level above than `addr`.
+pub const fn next_neighbourhood(addr: u64) -> u64 {
+    (addr & !(NEIGHBOURHOOD - 1)) + NEIGHBOURHOOD
+}
+
 impl Span {
     /// Is address ≡ file offset modulo the granule?
     pub const fn congruent(&self) -> bool {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The boot parameter `ptshare=`, the sysctl `vm.ptshare` and `/sys/kernel/mm/ptshare/`.
+//! The boot parameters `ptshare=` and `odf=`, the sysctls `vm.ptshare` and `vm.odf_default`, and `/sys/kernel/mm/ptshare/`.
 
 use super::Shared;
 use crate::core_logic::granule::GRANULE;
@@ -8,14 +8,15 @@ use core::mem::MaybeUninit;
 use core::ptr;
 use kernel::bindings;
 use kernel::error::to_result;
+use kernel::ffi::{c_char, c_int};
 use kernel::prelude::*;
 
 /// The kernel's `struct obs_kernel_param`, of which there are no bindings.
 #[repr(C)]
 struct ObsKernelParam {
-    name: *const kernel::ffi::c_char,
-    setup: extern "C" fn(*mut kernel::ffi::c_char) -> kernel::ffi::c_int,
-    early: kernel::ffi::c_int,
+    name: *const c_char,
+    setup: extern "C" fn(*mut c_char) -> c_int,
+    early: c_int,
 }
 
 /// `ptshare=` on the kernel's command line.
@@ -27,69 +28,156 @@ static SETUP: Shared<ObsKernelParam> = Shared::new(ObsKernelParam {
     early: 0,
 });
 
-extern "C" fn setup(value: *mut kernel::ffi::c_char) -> kernel::ffi::c_int {
-    let mut number = 0;
-    // SAFETY: the kernel passes what follows the parameter's name, a C string.
-    let error = unsafe { bindings::kstrtoint(value.cast(), 0, &mut number) };
-    if error != 0 || crate::set_mode_at_boot(number).is_err() {
+extern "C" fn setup(value: *mut c_char) -> c_int {
+    if !number(value).is_some_and(|number| crate::set_mode_at_boot(number).is_ok()) {
         pr_warn!("ptshare: the boot parameter takes 0, 1 or 2\n");
     }
     1
 }
 
-/// The table of one sysctl. Filled in by [`init`]; the kernel keeps a pointer to it.
-static TABLE: Shared<MaybeUninit<bindings::ctl_table>> = Shared::new(MaybeUninit::zeroed());
+/// `odf=` on the kernel's command line.
+#[cfg(CONFIG_COW_PTE)]
+#[link_section = ".init.setup"]
+#[used]
+static SETUP_ODF: Shared<ObsKernelParam> = Shared::new(ObsKernelParam {
+    name: c"odf=".as_ptr().cast(),
+    setup: setup_odf,
+    early: 0,
+});
+
+#[cfg(CONFIG_COW_PTE)]
+extern "C" fn setup_odf(value: *mut c_char) -> c_int {
+    match number(value) {
+        Some(wanted @ 0..=1) => crate::fork::set_default(wanted == 1),
+        _ => pr_warn!("ptshare: the boot parameter odf takes 0 or 1\n"),
+    }
+    1
+}
+
+/// The number that a boot parameter has been given.
+fn number(value: *mut c_char) -> Option<i32> {
+    let mut number = 0;
+    // SAFETY: the kernel passes what follows the parameter's name, a C string.
+    let error = unsafe { bindings::kstrtoint(value.cast(), 0, &mut number) };
+    (error == 0).then_some(number)
+}
+
+/// The tables of the sysctls, one each. Filled in by [`init`]; the kernel keeps pointers to them.
+static MODE: Shared<MaybeUninit<bindings::ctl_table>> = Shared::new(MaybeUninit::zeroed());
+#[cfg(CONFIG_COW_PTE)]
+static ODF: Shared<MaybeUninit<bindings::ctl_table>> = Shared::new(MaybeUninit::zeroed());
 static ATTRIBUTE: Shared<MaybeUninit<bindings::kobj_attribute>> =
     Shared::new(MaybeUninit::zeroed());
 
-/// Reading and writing `vm.ptshare`: the value goes through the kernel's own handler, with limits.
-unsafe extern "C" fn handle(
+/// A call of the kernel to read or write a sysctl.
+struct Access {
     table: *const bindings::ctl_table,
-    write: kernel::ffi::c_int,
+    write: c_int,
     buffer: *mut kernel::ffi::c_void,
     length: *mut usize,
     position: *mut bindings::loff_t,
-) -> kernel::ffi::c_int {
-    let mut number: kernel::ffi::c_int = crate::mode() as kernel::ffi::c_int;
-    let (mut least, mut most) = (0 as kernel::ffi::c_int, 2 as kernel::ffi::c_int);
-    // SAFETY: the kernel passes our table; the copy's pointers are to locals that outlive the call.
-    let error = unsafe {
-        let mut copy = ptr::read(table);
-        copy.data = (&raw mut number).cast();
-        copy.extra1 = (&raw mut least).cast();
-        copy.extra2 = (&raw mut most).cast();
-        bindings::proc_dointvec_minmax(&copy, write, buffer, length, position)
-    };
-    if error == 0 && write != 0 {
-        crate::set_mode(number);
+}
+
+impl Access {
+    /// Answers it with `now`, or calls `set` with a new value up to `most`: the value goes through
+    /// the kernel's own handler, with limits. Returns 0 or a negative error number.
+    fn answer(self, now: i32, most: i32, set: impl FnOnce(i32)) -> c_int {
+        let (mut number, mut least, mut most) = (now, 0, most);
+        // SAFETY: the kernel passes our table; the copy's pointers are to locals that outlive the
+        // call.
+        let error = unsafe {
+            let mut copy = ptr::read(self.table);
+            copy.data = (&raw mut number).cast();
+            copy.extra1 = (&raw mut least).cast();
+            copy.extra2 = (&raw mut most).cast();
+            bindings::proc_dointvec_minmax(
+                &copy,
+                self.write,
+                self.buffer,
+                self.length,
+                self.position,
+            )
+        };
+        if error == 0 && self.write != 0 {
+            set(number);
+        }
+        error
     }
-    error
+}
+
+/// Reading and writing `vm.ptshare`.
+unsafe extern "C" fn handle_mode(
+    table: *const bindings::ctl_table,
+    write: c_int,
+    buffer: *mut kernel::ffi::c_void,
+    length: *mut usize,
+    position: *mut bindings::loff_t,
+) -> c_int {
+    let access = Access { table, write, buffer, length, position };
+    access.answer(crate::mode() as i32, 2, crate::set_mode)
+}
+
+/// Reading and writing `vm.odf_default`.
+#[cfg(CONFIG_COW_PTE)]
+unsafe extern "C" fn handle_odf(
+    table: *const bindings::ctl_table,
+    write: c_int,
+    buffer: *mut kernel::ffi::c_void,
+    length: *mut usize,
+    position: *mut bindings::loff_t,
+) -> c_int {
+    let access = Access { table, write, buffer, length, position };
+    access.answer(crate::fork::default() as i32, 1, |wanted| {
+        crate::fork::set_default(wanted == 1)
+    })
+}
+
+/// Makes a sysctl of the directory `vm`.
+///
+/// # Safety
+///
+/// `place` is used for this sysctl alone, once.
+unsafe fn sysctl(
+    place: &'static Shared<MaybeUninit<bindings::ctl_table>>,
+    name: &'static core::ffi::CStr,
+    handler: bindings::proc_handler,
+) -> Result {
+    // SAFETY: nothing reads the static yet; all zeroes is a valid value, and what is set here lives
+    // as long as the kernel.
+    unsafe {
+        let table = place.get().cast::<bindings::ctl_table>();
+        (*table).procname = name.as_ptr().cast();
+        (*table).maxlen = core::mem::size_of::<c_int>() as _;
+        (*table).mode = 0o644;
+        (*table).proc_handler = handler;
+        if bindings::register_sysctl_sz(c"vm".as_ptr().cast(), table, 1).is_null() {
+            return Err(ENOMEM);
+        }
+    }
+    Ok(())
 }
 
 /// Shows the granule, in bytes.
 unsafe extern "C" fn show(
     _object: *mut bindings::kobject,
     _attribute: *mut bindings::kobj_attribute,
-    buffer: *mut kernel::ffi::c_char,
+    buffer: *mut c_char,
 ) -> isize {
     // SAFETY: sysfs passes a page to write to.
     unsafe { bindings::sysfs_emit(buffer.cast(), c"%lu\n".as_ptr().cast(), GRANULE) as isize }
 }
 
-/// Makes the sysctl and the sysfs file.
+/// Makes the sysctls and the sysfs file.
 pub(crate) fn init() -> Result {
-    // SAFETY: called once, before anything reads the statics; all zeroes is a valid value of both
-    // structures, and what is set here lives as long as the kernel.
+    // SAFETY: called once, and each place is for one sysctl.
     unsafe {
-        let table = TABLE.get().cast::<bindings::ctl_table>();
-        (*table).procname = c"ptshare".as_ptr().cast();
-        (*table).maxlen = core::mem::size_of::<kernel::ffi::c_int>() as _;
-        (*table).mode = 0o644;
-        (*table).proc_handler = Some(handle);
-        if bindings::register_sysctl_sz(c"vm".as_ptr().cast(), table, 1).is_null() {
-            return Err(ENOMEM);
-        }
-
+        sysctl(&MODE, c"ptshare", Some(handle_mode))?;
+        #[cfg(CONFIG_COW_PTE)]
+        sysctl(&ODF, c"odf_default", Some(handle_odf))?;
+    }
+    // SAFETY: called once, before anything reads the static; all zeroes is a valid value, and what
+    // is set here lives as long as the kernel.
+    unsafe {
         let attribute = ATTRIBUTE.get().cast::<bindings::kobj_attribute>();
         (*attribute).attr.name = c"granule".as_ptr().cast();
         (*attribute).attr.mode = 0o444;

@@ -2,6 +2,8 @@
 
 //! PMD entries, under the lock of the table that they are in.
 
+#[cfg(CONFIG_COW_PTE)]
+use super::cow::Private;
 use super::table::{Link, Locked, Table};
 use super::vma::Mm;
 use crate::core_logic::granule::{down, GRANULE, GRANULE_SHIFT, NEIGHBOURHOOD};
@@ -74,6 +76,14 @@ impl<'a> Upper<'a> {
     }
 }
 
+#[cfg(CONFIG_COW_PTE)]
+impl<'a> Upper<'a> {
+    /// The entry `index` granules after the one at `start`. `None` if it is in another table.
+    pub(crate) fn granule(&mut self, start: u64, index: usize) -> Option<Entry<'_, 'a>> {
+        self.entry(start + index as u64 * GRANULE)
+    }
+}
+
 impl Drop for Upper<'_> {
     fn drop(&mut self) {
         // SAFETY: the lock is held, by the invariant.
@@ -130,6 +140,56 @@ impl<'u> Entry<'u, '_> {
     }
 }
 
+#[cfg(CONFIG_COW_PTE)]
+impl<'u> Entry<'u, '_> {
+    /// The table that it points at and that a fork left shared, if so.
+    pub(crate) fn forked(&self) -> Option<Table<'u>> {
+        match self.slot() {
+            Slot::Table(table) if table.is_forked() => Some(table),
+            _ => None,
+        }
+    }
+
+    /// Points the entry `child`, which is empty, at the table that this one points at, and
+    /// write-protects both. What CPUs have cached of this one is the caller's to flush.
+    ///
+    /// # Safety
+    ///
+    /// `child` is an entry of an mm that runs nowhere yet. A unit of the table's share count, for
+    /// that entry, is given up by the caller.
+    pub(crate) unsafe fn pair(&mut self, child: NonNull<bindings::pmd_t>) {
+        // SAFETY: this entry is alive and locked; the other is as the caller promises.
+        unsafe { bindings::cow_pte_pair(child.as_ptr(), self.pmd.as_ptr()) };
+    }
+
+    /// Where its granule starts.
+    pub(crate) fn start(&self) -> u64 {
+        self.start
+    }
+
+    /// Lets the mm write to the table, which is its own now.
+    pub(crate) fn unprotect(&mut self) {
+        // SAFETY: the entry is alive and locked.
+        unsafe { bindings::cow_pte_unprotect(self.pmd.as_ptr()) };
+    }
+
+    /// Points the entry at a table of the mm's own instead of the one that is locked.
+    pub(crate) fn replace(&mut self, locked: &Locked<'_>, table: Private) -> Unflushed {
+        let mm = self.upper.mm;
+        // SAFETY: the entry is alive and locked, and so is the table it points at; the unit of the
+        // count that the entry owned goes to the link. The new table is the entry's from now on.
+        let link = unsafe {
+            bindings::ptshare_pmd_populate(mm.as_ptr(), self.pmd.as_ptr(), table.into_raw());
+            Link::from_table(locked.table())
+        };
+        Unflushed {
+            link,
+            mm,
+            start: self.start,
+        }
+    }
+}
+
 impl Entry<'_, '_> {
     /// Frees the table that the entry points at: the mm's own, empty, and locked.
     pub(crate) fn free(&mut self, locked: Locked<'_>) {
@@ -161,6 +221,13 @@ impl Unflushed {
         const { assert!(GRANULE.is_power_of_two()) };
         // SAFETY: the mm is alive; interrupts are enabled where PMD entries change.
         unsafe { bindings::ptshare_arch_flush_granule(self.mm.as_ptr(), self.start as usize) };
+        self.link
+    }
+
+    /// Gives the link back unflushed: `flush::leave_begins` was called before the entry was
+    /// cleared, and `flush::leave_ends` will be.
+    #[cfg(CONFIG_COW_PTE)]
+    pub(crate) fn defer(self) -> Link {
         self.link
     }
 }

@@ -25,6 +25,35 @@ static ptshare_flush_wanted: Shared<bindings::atomic_long_t> =
 static ptshare_flush_done: Shared<bindings::atomic_long_t> =
     Shared::new(bindings::atomic_long_t { counter: 0 });
 
+/// PMD entries that were cleared, and left, with the flush put off: see `leave_begins`.
+#[no_mangle]
+#[allow(non_upper_case_globals, reason = "read by C code, by this name")]
+static ptshare_leaving: Shared<bindings::atomic_long_t> =
+    Shared::new(bindings::atomic_long_t { counter: 0 });
+
+/// A PMD entry is about to be cleared and its table left, with the flush put off to
+/// [`leave_ends`].
+///
+/// Until then CPUs may still read through it what is in the table. So those who change a table that
+/// the mm has left, or take it back, must flush everything: see [`pending`].
+#[cfg(CONFIG_COW_PTE)]
+pub(crate) fn leave_begins() {
+    // SAFETY: a static of the type that the helper wants. The atomic operation on the share count
+    // that follows orders it before the count that others see.
+    unsafe { bindings::atomic_long_add(1, ptshare_leaving.get()) }
+}
+
+/// Flushes what `count` entries of the mm in `start..end` pointed at, which [`leave_begins`] has
+/// announced.
+#[cfg(CONFIG_COW_PTE)]
+pub(crate) fn leave_ends(mm: super::vma::Mm, start: u64, end: u64, count: u64) {
+    // SAFETY: the mm is alive; interrupts are enabled where page tables are unmapped.
+    unsafe {
+        bindings::ptshare_arch_flush_range(mm.as_ptr(), start as usize, end as usize);
+        bindings::atomic_long_add(-(count as isize), ptshare_leaving.get());
+    }
+}
+
 /// Makes every CPU drop what it has cached of any user mapping.
 ///
 /// To be called with interrupts enabled; PTE locks may be held.
@@ -51,12 +80,14 @@ pub(crate) fn all() {
     }
 }
 
-/// Flushes if somebody else's flush is outstanding, before relying on a PTE being empty.
+/// Flushes if somebody else's flush is outstanding, before relying on a PTE being empty, or on a
+/// table being nobody else's any more.
 pub(crate) fn pending() {
-    // SAFETY: both are statics of the type that the helper wants.
+    // SAFETY: all are statics of the type that the helper wants.
     let outstanding = unsafe {
         bindings::atomic_long_read(ptshare_flush_wanted.get())
             != bindings::atomic_long_read(ptshare_flush_done.get())
+            || bindings::atomic_long_read(ptshare_leaving.get()) != 0
     };
     if outstanding {
         all();

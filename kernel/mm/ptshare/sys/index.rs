@@ -89,6 +89,11 @@ impl Chain {
         link
     }
 
+    /// Is there a table of this file and key?
+    pub(crate) fn has(&self, file: File, key: Key) -> bool {
+        self.tables().any(|table| table.identity() == (file, key))
+    }
+
     /// Takes a table out, whose count is 0.
     pub(crate) fn remove(&mut self, table: Table<'_>) {
         // SAFETY: the lock is held, by the invariant, so every place on the chain is alive.

@@ -9,10 +9,13 @@
 //! - [`index`]: where shared tables are found.
 //! - [`linking`]: how walks over all mappings of a file see links in progress.
 //! - [`vma`]: mappings, faults and whole address spaces.
+//! - `cow`: tables that a fork left shared, and those that are to replace them.
 //! - [`flush`]: what all sharers have cached.
 //! - [`boot`]: boot parameter, sysctl, sysfs.
 
 pub(crate) mod boot;
+#[cfg(CONFIG_COW_PTE)]
+pub(crate) mod cow;
 pub(crate) mod entry;
 pub(crate) mod flush;
 pub(crate) mod index;
@@ -38,6 +41,12 @@ impl<T> Shared<T> {
     pub(crate) const fn get(&self) -> *mut T {
         self.0.get()
     }
+}
+
+/// Lets others run, in a long loop. To be called where sleeping is allowed.
+pub(crate) fn resched() {
+    // SAFETY: no requirements but the context, which is the caller's.
+    unsafe { kernel::bindings::ptshare_cond_resched() }
 }
 
 /// Are the hooks on?

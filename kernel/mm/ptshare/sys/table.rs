@@ -61,7 +61,15 @@ impl<'a> Table<'a> {
         Locked { table: self, lock }
     }
 
-    /// The file and key that it was published under. Only while it is shared.
+    /// Is it shared since a fork, rather than found through a file? The lock of a PMD entry that
+    /// points at it is held.
+    pub(crate) fn is_forked(self) -> bool {
+        // SAFETY: the table is alive; the field is written only before the table is shared, and when
+        // it is not any more, by a holder of the PMD lock of the only entry that points at it.
+        self.is_shared() && unsafe { (*mapping_field(self.as_ptr())).is_null() }
+    }
+
+    /// The file and key that it was published under. Only while it is shared, and not by a fork.
     pub(crate) fn identity(self) -> (File, Key) {
         let ptdesc = self.as_ptr();
         // SAFETY: the table is alive, and both fields are written before it can be found and after
@@ -106,7 +114,7 @@ impl Counter for Table<'_> {
 
 /// A table whose PTE lock is held.
 pub(crate) struct Locked<'a> {
-    table: Table<'a>,
+    pub(super) table: Table<'a>,
     lock: *mut bindings::spinlock_t,
 }
 
@@ -256,7 +264,13 @@ pub(super) unsafe fn next_field(ptdesc: *mut bindings::ptdesc) -> *mut *mut bind
 /// `ptdesc` is the descriptor of a PTE table.
 unsafe fn key_field(ptdesc: *mut bindings::ptdesc) -> *mut usize {
     // SAFETY: in bounds of the descriptor.
-    unsafe { &raw mut (*ptdesc).__bindgen_anon_1.__bindgen_anon_2.pt_share_key }
+    unsafe {
+        &raw mut (*ptdesc)
+            .__bindgen_anon_1
+            .__bindgen_anon_2
+            .__bindgen_anon_1
+            .pt_share_key
+    }
 }
 
 /// Where a descriptor keeps the file whose pages the table maps.
@@ -267,4 +281,21 @@ unsafe fn key_field(ptdesc: *mut bindings::ptdesc) -> *mut usize {
 unsafe fn mapping_field(ptdesc: *mut bindings::ptdesc) -> *mut *mut bindings::address_space {
     // SAFETY: in bounds of the descriptor.
     unsafe { &raw mut (*ptdesc).__bindgen_anon_2.pt_share_mapping }
+}
+
+/// Where the descriptor of a table that a fork left shared keeps its owner.
+///
+/// # Safety
+///
+/// `ptdesc` is the descriptor of a PTE table.
+#[cfg(CONFIG_COW_PTE)]
+pub(super) unsafe fn owner_field(ptdesc: *mut bindings::ptdesc) -> *mut *mut bindings::mm_struct {
+    // SAFETY: in bounds of the descriptor.
+    unsafe {
+        &raw mut (*ptdesc)
+            .__bindgen_anon_1
+            .__bindgen_anon_2
+            .__bindgen_anon_1
+            .pt_share_owner
+    }
 }

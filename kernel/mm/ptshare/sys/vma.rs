@@ -4,7 +4,7 @@
 
 use super::entry::Upper;
 use super::table::Fresh;
-use crate::core_logic::granule::{Span, ENTRIES};
+use crate::core_logic::granule::{self, Span, ENTRIES};
 use crate::core_logic::key::Class;
 use core::marker::PhantomData;
 use core::mem::MaybeUninit;
@@ -154,6 +154,12 @@ impl<'a> Vma<'a> {
         Vma(unsafe { NonNull::new_unchecked(vma) }, PhantomData)
     }
 
+    /// For calls that look into it.
+    #[cfg(CONFIG_COW_PTE)]
+    pub(super) fn as_ptr(self) -> *mut bindings::vm_area_struct {
+        self.0.as_ptr()
+    }
+
     pub(crate) fn facts(self) -> Facts {
         let mut raw = MaybeUninit::<bindings::ptshare_vma_facts>::uninit();
         // SAFETY: the VMA is stable; the helper fills all fields.
@@ -175,6 +181,31 @@ impl<'a> Vma<'a> {
             excluded: raw.excluded,
             asked: raw.asked,
             explicit: raw.explicitly,
+        }
+    }
+
+    /// Calls `each` with every granule that the mapping covers whole, that `from..to` touches, and
+    /// for which there are PMD entries, until it returns false. Sleeps in between.
+    pub(crate) fn each_granule(
+        self,
+        facts: &Facts,
+        from: u64,
+        to: u64,
+        mut each: impl FnMut(u64) -> bool,
+    ) {
+        let mut from = from;
+        'next: loop {
+            for start in facts.span.touched(from, to) {
+                super::resched();
+                if self.upper(facts.mm, start).is_none() {
+                    from = granule::next_neighbourhood(start);
+                    continue 'next;
+                }
+                if facts.span.covers(start) && !each(start) {
+                    return;
+                }
+            }
+            return;
         }
     }
 
