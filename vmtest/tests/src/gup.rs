@@ -2,7 +2,7 @@
 //! are left, taken back and freed; and pins that outlive the mapping they were taken through.
 
 use crate::concurrent::{
-    foreign, mark, report, Crowd, Linked, FOREIGN, GRANULES, SYSCALL, UNEXPLAINED, WORKER,
+    foreign, mark, report, stressed, Crowd, FOREIGN, GRANULES, SYSCALL, UNEXPLAINED, WORKER,
 };
 use crate::harness::{own, Ctx, Res};
 use crate::machine::Ext4;
@@ -314,36 +314,36 @@ fn race(ctx: &Ctx, walkers: usize, workers: usize) -> Res {
     };
     let source = prepare("source")?;
     SOURCE.store(source.as_raw_fd() as u64, SeqCst);
-    let mut c = Crowd::new(ctx, 0, ctx.duration(4, 90))?;
-    let linked = Linked::watch(ctx);
-    // A file to write to for each, so that nobody reads what another has written.
-    let mut sinks = vec![];
-    for n in 0..walkers {
-        let sink = prepare(&format!("sink{n}"))?;
-        SINK.store(sink.as_raw_fd() as u64, SeqCst);
-        sinks.push(sink);
-        c.start(WALKED)?;
-    }
-    c.start(BYSTANDER)?;
-    for _ in 0..workers {
-        c.start(WORKER)?;
-    }
-    let first = walkers + 1;
-    let mut dice = Dice::new(ctx.seed);
-    while c.running() {
-        std::thread::sleep(Duration::from_millis(1 + dice.below(30)));
-        let page = dice.below(pages(GRANULES));
-        sys::punch(&c.fd, page * PAGE, (1 + dice.below(64)) * PAGE)?;
-        c.write(page)?;
-        if workers > 0 {
-            // One goes, killed, and another comes.
-            let n = first + dice.below(workers as u64) as usize;
-            drop(c.workers.remove(n));
+    stressed(ctx, || {
+        let mut c = Crowd::new(ctx, 0, ctx.duration(4, 90))?;
+        // A file to write to for each, so that nobody reads what another has written.
+        let mut sinks = vec![];
+        for n in 0..walkers {
+            let sink = prepare(&format!("sink{n}"))?;
+            SINK.store(sink.as_raw_fd() as u64, SeqCst);
+            sinks.push(sink);
+            c.start(WALKED)?;
+        }
+        c.start(BYSTANDER)?;
+        for _ in 0..workers {
             c.start(WORKER)?;
         }
-    }
-    c.finish()?;
-    linked.check()
+        let first = walkers + 1;
+        let mut dice = Dice::new(ctx.seed);
+        while c.running() {
+            std::thread::sleep(Duration::from_millis(1 + dice.below(30)));
+            let page = dice.below(pages(GRANULES));
+            sys::punch(&c.fd, page * PAGE, (1 + dice.below(64)) * PAGE)?;
+            c.write(page)?;
+            if workers > 0 {
+                // One goes, killed, and another comes.
+                let n = first + dice.below(workers as u64) as usize;
+                drop(c.workers.remove(n));
+                c.start(WORKER)?;
+            }
+        }
+        c.finish()
+    })
 }
 
 /// Direct I/O, vmsplice and GUP_TEST through tables that their process leaves and frees meanwhile,
