@@ -14,10 +14,12 @@
 // An interpreter would take hours, and loom needs none.
 #![cfg(not(miri))]
 
-use loom::cell::Cell;
-use loom::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+mod model;
+
+use loom::sync::atomic::{AtomicBool, Ordering};
 use loom::sync::{Mutex, MutexGuard};
 use loom::thread;
+use model::{check, race, Breaks, Tracked};
 use ptshare_core::count::{self, Counter, Leave};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::Arc;
@@ -47,50 +49,13 @@ enum Bug {
     FindUnlocked,
 }
 
-/// The kernel's counter: atomic_read, atomic_cmpxchg, atomic_dec_return. Nothing is ordered that
-/// does not have to be, so that loom sees at least what the hardware may do.
-struct Count {
-    value: AtomicI32,
-    bug: Bug,
-}
-
-impl Count {
-    fn new(value: i32, bug: Bug) -> Self {
-        let value = AtomicI32::new(value);
-        Count { value, bug }
-    }
-
-    /// The newest value, which a load need not see.
-    fn now(&self) -> i32 {
-        self.value.fetch_add(0, Ordering::AcqRel)
+impl Breaks for Bug {
+    fn tears_exchange(&self) -> bool {
+        *self == Bug::TornExchange
     }
 }
 
-impl Counter for Count {
-    fn load(&self) -> i32 {
-        self.value.load(Ordering::Relaxed)
-    }
-
-    fn compare_exchange(&self, old: i32, new: i32) -> i32 {
-        if self.bug == Bug::TornExchange {
-            let was = self.value.load(Ordering::Acquire);
-            if was == old {
-                self.value.store(new, Ordering::Release);
-            }
-            return was;
-        }
-        match self
-            .value
-            .compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed)
-        {
-            Ok(was) | Err(was) => was,
-        }
-    }
-
-    fn decrement(&self) -> i32 {
-        self.value.fetch_sub(1, Ordering::AcqRel) - 1
-    }
-}
+type Count = model::Count<Bug>;
 
 fn link(count: &Count) -> bool {
     match count.bug {
@@ -107,27 +72,6 @@ fn leave(count: &Count) -> Leave {
         Bug::LastByLook if count.now() == 1 => Leave::Last,
         Bug::LastByLook => Leave::Others,
         _ => count::leave(count),
-    }
-}
-
-/// Plain memory. Loom panics unless its accesses are ordered by what the model synchronizes with.
-struct Tracked<T>(Cell<T>);
-
-// SAFETY: loom runs one thread of a model at a time, and ends the model at the first access to the
-// cell that no synchronization orders.
-unsafe impl<T: Send> Sync for Tracked<T> {}
-
-impl<T: Copy> Tracked<T> {
-    fn new(value: T) -> Self {
-        Tracked(Cell::new(value))
-    }
-
-    fn get(&self) -> T {
-        self.0.get()
-    }
-
-    fn set(&self, value: T) {
-        self.0.set(value);
     }
 }
 
@@ -400,27 +344,6 @@ fn assert_nothing_left(index: &Index) {
         assert_eq!(table.given.load(Relaxed), 1, "given back once");
         assert_eq!(table.freed.load(Relaxed), 1, "freed once");
     }
-}
-
-/// Runs a model in all interleavings with at most that many preemptions.
-fn check(preemptions: impl Into<Option<usize>>, model: impl Fn() + Send + Sync + 'static) {
-    let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = preemptions.into();
-    builder.check(model);
-}
-
-/// Runs each on a thread of its own, and returns what they return.
-fn race<T: 'static>(threads: Vec<Box<dyn FnOnce() -> T + Send>>) -> Vec<T> {
-    let threads: Vec<_> = threads.into_iter().map(thread::spawn).collect();
-    threads.into_iter().map(|t| t.join().unwrap()).collect()
-}
-
-/// A boxed closure over clones of what it uses.
-macro_rules! thread {
-    ($($shared:ident),*; $body:expr) => {{
-        $(let $shared = $shared.clone();)*
-        Box::new(move || $body) as Box<dyn FnOnce() -> _ + Send>
-    }};
 }
 
 const KEY: u64 = 7;
