@@ -2,15 +2,17 @@
 //! for each thing tried and a closing count.
 //!
 //! ```text
-//! host    cargo test, fmt, clippy, checkpatch
-//! kernel  the three flavors build
-//! lab     a VM shows what it should, and fails when it should
-//! guest   vmtest/tests on release and debug, and on stock what holds there
+//! host       cargo test, fmt, clippy, checkpatch
+//! kernel     the three flavors build
+//! lab        a VM shows what it should, and fails when it should
+//! guest      vmtest/tests on release and debug, and on stock what holds there
+//! selftests  the kernel's own mm tests: what passes on stock passes on release
 //! ```
 
 mod guest;
 mod host;
 mod lab;
+mod selftests;
 
 use crate::kernel::{self, Flavor};
 use anyhow::Result;
@@ -28,6 +30,8 @@ pub enum Part {
     Lab,
     /// The tests inside the VM
     Guest,
+    /// The kernel's own tests of memory management, on stock and on ours
+    Selftests,
 }
 
 /// Options of `./x test`.
@@ -74,12 +78,27 @@ pub fn run(args: &Args) -> Result<u8> {
             }
         }
     }
+    // Debug's checkers take several times as long.
+    for (flavor, default) in [(Flavor::Release, true), (Flavor::Debug, args.long)] {
+        if !args.flavor.map_or(default, |only| only == flavor) {
+            continue;
+        }
+        if wants(Part::Selftests) {
+            selftests::run(&mut tally, flavor, filter, args.long);
+        }
+    }
     Ok(tally.close(start.elapsed()))
 }
 
 /// Whether a filter, if there is one, lets a name through.
 fn wanted(filter: Option<&str>, name: &str) -> bool {
     filter.is_none_or(|f| f.split(',').any(|part| name.contains(part)))
+}
+
+/// The lines of a table of ours: without comments and empty ones.
+fn table(text: &str) -> impl Iterator<Item = &str> {
+    text.lines()
+        .filter(|l| !l.is_empty() && !l.starts_with('#'))
 }
 
 /// Counts what passed and what failed, and says so as it comes.
