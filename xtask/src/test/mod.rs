@@ -7,12 +7,14 @@
 //! lab        a VM shows what it should, and fails when it should
 //! guest      vmtest/tests on release and debug, and on stock what holds there
 //! selftests  the kernel's own mm tests: what passes on stock passes on release
+//! stress     stress-ng's mapping stressors on release
 //! ```
 
 mod guest;
 mod host;
 mod lab;
 mod selftests;
+mod stress;
 
 use crate::kernel::{self, Flavor};
 use anyhow::Result;
@@ -32,6 +34,8 @@ pub enum Part {
     Guest,
     /// The kernel's own tests of memory management, on stock and on ours
     Selftests,
+    /// stress-ng's stressors of memory mappings
+    Stress,
 }
 
 /// Options of `./x test`.
@@ -85,6 +89,9 @@ pub fn run(args: &Args) -> Result<u8> {
         }
         if wants(Part::Selftests) {
             selftests::run(&mut tally, flavor, filter, args.long);
+        }
+        if wants(Part::Stress) {
+            stress::run(&mut tally, flavor, filter, args.long);
         }
     }
     Ok(tally.close(start.elapsed()))
