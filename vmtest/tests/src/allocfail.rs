@@ -19,12 +19,13 @@ group!("allocfail";
 );
 
 /// Fault injection for the tasks that ask for it, until dropped.
-struct Injection {
+pub struct Injection {
     _settings: Vec<Setting>,
 }
 
 impl Injection {
-    fn on(which: &str, percent: u32) -> Res<Injection> {
+    /// Has so many of a hundred allocations fail.
+    pub fn on(which: &str, percent: u32) -> Res<Injection> {
         let dir = format!("/sys/kernel/debug/{which}");
         if !Path::new(&dir).exists() || !Path::new("/proc/self/make-it-fail").exists() {
             skip!("this kernel has no {dir}");
@@ -54,7 +55,7 @@ impl Injection {
 
 /// In a peer: runs `f` with this process's allocations failing, and only that; what the peer needs
 /// to talk to the test is spared.
-fn with_failures(f: impl FnOnce() -> (i64, Vec<u8>)) -> (i64, Vec<u8>) {
+pub fn with_failures(f: impl FnOnce() -> (i64, Vec<u8>)) -> (i64, Vec<u8>) {
     // Opened beforehand: turning the failures off must not need memory.
     let switch = match std::fs::OpenOptions::new()
         .write(true)

@@ -391,7 +391,7 @@ impl Source {
 static RING: std::sync::Mutex<Option<Ring>> = std::sync::Mutex::new(None);
 
 /// In a peer: makes a ring with a page as fixed buffer. Argument: address.
-const REGISTER: Remote = |a, _| {
+pub const REGISTER: Remote = |a, _| {
     let r = Ring::new().and_then(|ring| {
         ring.register(a[0], PAGE)?;
         if let Ok(mut place) = RING.lock() {
@@ -403,7 +403,7 @@ const REGISTER: Remote = |a, _| {
 };
 
 /// In a peer: reads into the fixed buffer. Arguments: fd, offset, address.
-const READ_FIXED: Remote = |a, _| {
+pub const READ_FIXED: Remote = |a, _| {
     let t = Transfer {
         fd: a[0] as i32,
         at: a[1],
@@ -419,7 +419,8 @@ const READ_FIXED: Remote = |a, _| {
     }
 };
 
-fn register(p: &Peer, addr: u64) -> Res {
+/// Makes a ring in a peer, with a page as fixed buffer.
+pub fn register(p: &Peer, addr: u64) -> Res {
     match p.call(REGISTER, &[addr], &[])?.0 {
         0 => Ok(()),
         r if r == -i64::from(libc::ENOSYS) => skip!("this kernel has no io_uring"),

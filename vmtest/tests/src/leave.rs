@@ -819,30 +819,39 @@ fn split_inside_granule_then_merge(ctx: &Ctx) -> Res {
 
 const UFFDIO_API: u64 = 0xc018_aa3f;
 const UFFDIO_REGISTER: u64 = 0xc020_aa00;
-const UFFDIO_UNREGISTER: u64 = 0x8010_aa01;
-const UFFDIO_COPY: u64 = 0xc028_aa03;
-const UFFDIO_WRITEPROTECT: u64 = 0xc018_aa06;
+/// Of userfaultfd's interface.
+pub const UFFDIO_UNREGISTER: u64 = 0x8010_aa01;
+/// Of userfaultfd's interface.
+pub const UFFDIO_COPY: u64 = 0xc028_aa03;
+/// Of userfaultfd's interface.
+pub const UFFDIO_WRITEPROTECT: u64 = 0xc018_aa06;
 const UFFDIO_CONTINUE: u64 = 0xc020_aa07;
-const MODE_MISSING: u64 = 1;
-const MODE_WP: u64 = 2;
+/// Of userfaultfd's interface.
+pub const MODE_MISSING: u64 = 1;
+/// Of userfaultfd's interface.
+pub const MODE_WP: u64 = 2;
 const MODE_MINOR: u64 = 4;
 const FEATURE_EVENT_REMOVE: u64 = 1 << 3;
 const FEATURE_MINOR_SHMEM: u64 = 1 << 10;
 const FEATURE_WP_SHMEM: u64 = 1 << 12;
 const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
 const FEATURE_WP_ASYNC: u64 = 1 << 15;
-const EVENT_PAGEFAULT: u64 = 0x12;
+/// Of userfaultfd's interface.
+pub const EVENT_PAGEFAULT: u64 = 0x12;
 const EVENT_REMOVE: u64 = 0x15;
-const FLAG_WP: u64 = 2;
+/// Of userfaultfd's interface.
+pub const FLAG_WP: u64 = 2;
 const FLAG_MINOR: u64 = 4;
 
-/// A userfaultfd of member 0's memory, in the test process's hands.
-struct Uffd {
-    fd: OwnedFd,
+/// A userfaultfd of a peer's memory, in the test process's hands.
+pub struct Uffd {
+    /// The descriptor.
+    pub fd: OwnedFd,
 }
 
 impl Uffd {
-    fn of(peer: &Peer, features: u64) -> Res<Uffd> {
+    /// One with these features.
+    pub fn of(peer: &Peer, features: u64) -> Res<Uffd> {
         let make: Remote = |a, _| {
             let flags = libc::O_CLOEXEC as u64;
             match sys::syscall(libc::SYS_userfaultfd, &[flags]) {
@@ -869,7 +878,8 @@ impl Uffd {
         })
     }
 
-    fn ioctl(&self, cmd: u64, arg: &mut [u64]) -> sys::Sys<()> {
+    /// One of its operations.
+    pub fn ioctl(&self, cmd: u64, arg: &mut [u64]) -> sys::Sys<()> {
         sys::syscall(
             libc::SYS_ioctl,
             &[self.fd.as_raw_fd() as u64, cmd, arg.as_mut_ptr() as u64],
@@ -877,12 +887,13 @@ impl Uffd {
         .map(drop)
     }
 
-    fn register(&self, addr: u64, len: u64, mode: u64) -> Res {
+    /// Registers a range.
+    pub fn register(&self, addr: u64, len: u64, mode: u64) -> Res {
         Ok(self.ioctl(UFFDIO_REGISTER, &mut [addr, len, mode, 0])?)
     }
 
     /// The next event within a few seconds: kind, and its two words.
-    fn event(&self) -> Res<(u64, u64, u64)> {
+    pub fn event(&self) -> Res<(u64, u64, u64)> {
         let mut msg = [0u64; 4];
         ensure!(
             crate::harness::wait_readable(&self.fd, std::time::Duration::from_secs(20)),
@@ -1102,7 +1113,7 @@ fn soft_dirty(ctx: &Ctx) -> Res {
 }
 
 /// Whether a store to a private page of our own sets the bit.
-fn soft_dirty_works() -> Res<bool> {
+pub fn soft_dirty_works() -> Res<bool> {
     let a = sys::mmap(0, PAGE, RW, PRIVATE | ANON, -1, 0)?;
     sys::store64(a, 1)?;
     let me = std::process::id() as i32;

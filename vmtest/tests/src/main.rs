@@ -19,6 +19,7 @@ mod machine;
 mod mapspt;
 mod modes;
 mod observe;
+mod odf;
 mod ops;
 mod oracle;
 mod peer;
@@ -91,6 +92,7 @@ fn selected(filter: &str) -> Vec<harness::Test> {
         concurrent::tests(),
         gup::tests(),
         allocfail::tests(),
+        odf::tests(),
     ];
     let wanted = |t: &harness::Test| filter.split(',').any(|f| t.name.contains(f));
     all.into_iter().flatten().filter(wanted).collect()

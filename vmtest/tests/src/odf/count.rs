@@ -1,0 +1,439 @@
+//! What /proc and the cgroup say of memory that is shared since a fork: what they would say after any
+//! fork, while it lasts and when either is gone.
+
+use super::{diverge, Events, Kin};
+use crate::harness::{Ctx, Res};
+use crate::kernel::{self, pagemap};
+use crate::machine::Cgroup;
+use crate::oracle::pages;
+use crate::sys::{self, GRANULE, GRANULE_PAGES};
+use crate::{ensure, ensure_eq, group};
+use std::time::{Duration, Instant};
+
+group!("odf";
+    rss_of_parent_and_child,
+    rss_after_every_step,
+    pss_is_divided,
+    exclusive_bit,
+    page_tables_are_not_made,
+    page_tables_of_a_living_child,
+    cgroup_pays_once,
+    cgroup_is_empty_in_the_end,
+    counters_of_file_and_shmem_pages,
+    walks_do_not_unshare,
+);
+
+fn numbers(path: &str) -> Res<Vec<u64>> {
+    let text = std::fs::read_to_string(path)?;
+    Ok(text
+        .split_whitespace()
+        .filter_map(|w| w.parse().ok())
+        .collect())
+}
+
+/// Resident anonymous pages of a process by each account of them: status (RssAnon), statm less its shared
+/// pages, stat less those, smaps_rollup (Anonymous).
+fn accounts(k: &Kin) -> Res<[u64; 4]> {
+    let pid = k.peer.pid;
+    let status = kernel::kb_field(&format!("/proc/{pid}/status"), "RssAnon").unwrap_or(0) / 4;
+    let statm = numbers(&format!("/proc/{pid}/statm"))?;
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let after_name = stat.rsplit(')').next().unwrap_or("");
+    // rss is field 24, the state, first after the name, is field 3.
+    let rss: u64 = after_name
+        .split_whitespace()
+        .nth(21)
+        .and_then(|w| w.parse().ok())
+        .unwrap_or(0);
+    let rollup =
+        kernel::kb_field(&format!("/proc/{pid}/smaps_rollup"), "Anonymous").unwrap_or(0) / 4;
+    Ok([
+        status,
+        statm[1].saturating_sub(statm[2]),
+        rss.saturating_sub(statm[2]),
+        rollup,
+    ])
+}
+
+/// The process has its memory, and by every account a hundred pages more at most.
+fn has(k: &Kin, granule_pages: u64) -> Res {
+    for (n, got) in accounts(k)?.into_iter().enumerate() {
+        ensure!(
+            // The stat file adds up counters that lag by a batch for each CPU.
+            got + 130 > granule_pages && got < granule_pages + 200,
+            "account {n} of process {} says {got} pages, it has {granule_pages}",
+            k.peer.pid
+        );
+    }
+    let text = kernel::smaps_of(k.peer.pid, k.base)?;
+    let rss = kernel::kb_in(&text, "Rss").unwrap_or(0) / 4;
+    ensure_eq!(rss, granule_pages, "Rss in smaps of process {}", k.peer.pid);
+    Ok(())
+}
+
+fn rss_of_parent_and_child(ctx: &Ctx) -> Res {
+    let k = Kin::new(ctx, 4)?;
+    has(&k, pages(4))?;
+    let child = k.child(ctx, 4)?;
+    has(&k, pages(4))?;
+    has(&child, pages(4))?;
+    let grandchild = child.child(ctx, 4)?;
+    has(&grandchild, pages(4))?;
+    child.peer.exit()?;
+    has(&k, pages(4))?;
+    has(&grandchild, pages(4))?;
+    k.peer.exit()?;
+    has(&grandchild, pages(4))
+}
+
+/// Through copies, drops, take-backs and ends.
+fn rss_after_every_step(ctx: &Ctx) -> Res {
+    let mut k = Kin::new(ctx, 4)?;
+    let mut child = k.child(ctx, 4)?;
+    child.store(3)?;
+    has(&child, pages(4))?;
+    has(&k, pages(4))?;
+    k.store(3)?;
+    k.store(GRANULE_PAGES)?;
+    has(&child, pages(4))?;
+    has(&k, pages(4))?;
+    // Half a granule less, and a whole one.
+    child.advise(pages(2)..pages(2) + 256, libc::MADV_DONTNEED)?;
+    has(&child, pages(4) - 256)?;
+    has(&k, pages(4))?;
+    k.advise(pages(3)..pages(4), libc::MADV_DONTNEED)?;
+    has(&k, pages(3))?;
+    has(&child, pages(4) - 256)?;
+    let other = child.child(ctx, 4)?;
+    has(&other, pages(4) - 256)?;
+    child.must(libc::SYS_munmap, &[child.at(pages(3)), GRANULE])?;
+    has(&child, pages(3) - 256)?;
+    has(&other, pages(4) - 256)?;
+    child.peer.exit()?;
+    has(&other, pages(4) - 256)?;
+    has(&k, pages(3))?;
+    other.peer.exit()?;
+    has(&k, pages(3))?;
+    k.fill(0..pages(4))?;
+    has(&k, pages(4))?;
+    k.verify()
+}
+
+/// Pss of each is its part; together they are what there is.
+fn pss_is_divided(ctx: &Ctx) -> Res {
+    let pss = |k: &Kin| -> Res<[u64; 5]> {
+        let text = kernel::smaps_of(k.peer.pid, k.base)?;
+        let f = |n| kernel::kb_in(&text, n).unwrap_or(u64::MAX) / 4;
+        Ok([
+            f("Pss"),
+            f("Shared_Clean") + f("Shared_Dirty"),
+            f("Private_Clean") + f("Private_Dirty"),
+            f("Anonymous"),
+            f("Rss"),
+        ])
+    };
+    let n = pages(2);
+    let mut k = Kin::new(ctx, 2)?;
+    ensure_eq!(pss(&k)?, [n, 0, n, n, n], "alone");
+    let mut child = k.child(ctx, 2)?;
+    for who in [&k, &child] {
+        ensure_eq!(pss(who)?, [n / 2, n, 0, n, n], "of two");
+    }
+    let third = k.child(ctx, 2)?;
+    let fourth = k.child(ctx, 2)?;
+    for who in [&k, &child, &third, &fourth] {
+        ensure_eq!(pss(who)?, [n / 4, n, 0, n, n], "of four");
+    }
+    third.peer.exit()?;
+    fourth.peer.exit()?;
+    // Copied, unwritten: as shared as before.
+    child.must(libc::SYS_mprotect, &[child.at(0), n * sys::PAGE, sys::RO])?;
+    child.must(libc::SYS_mprotect, &[child.at(0), n * sys::PAGE, sys::RW])?;
+    for who in [&k, &child] {
+        ensure_eq!(pss(who)?, [n / 2, n, 0, n, n], "of two, copied");
+    }
+    child.fill(0..n / 2)?;
+    for who in [&k, &child] {
+        let half = n / 2;
+        ensure_eq!(
+            pss(who)?,
+            [half + half / 2, half, half, n, n],
+            "half of it written"
+        );
+    }
+    child.peer.exit()?;
+    ensure_eq!(pss(&k)?, [n, 0, n, n, n], "alone again");
+    k.fill(0..n)?;
+    ensure_eq!(pss(&k)?, [n, 0, n, n, n], "after writing");
+    Ok(())
+}
+
+/// Pagemap's exclusive bit: mapped by nobody else.
+fn exclusive_bit(ctx: &Ctx) -> Res {
+    let mut k = Kin::new(ctx, 2)?;
+    let exclusive = |k: &Kin| k.count(0..pages(2), pagemap::EXCLUSIVE);
+    ensure_eq!(exclusive(&k)?, pages(2), "alone");
+    let mut child = k.child(ctx, 2)?;
+    ensure_eq!(exclusive(&k)?, 0, "of two, in the parent");
+    ensure_eq!(exclusive(&child)?, 0, "of two, in the child");
+    child.store(9)?;
+    ensure_eq!(exclusive(&child)?, 1, "in the child after a store");
+    ensure_eq!(exclusive(&k)?, 1, "in the parent after the child's store");
+    k.store(GRANULE_PAGES)?;
+    ensure_eq!(exclusive(&child)?, 2, "in the child after both stored");
+    ensure_eq!(exclusive(&k)?, 2, "in the parent after both stored");
+    child.peer.exit()?;
+    ensure_eq!(exclusive(&k)?, pages(2), "alone again");
+    Ok(())
+}
+
+fn page_tables_kb() -> u64 {
+    kernel::kb_field("/proc/meminfo", "PageTables").unwrap_or(0)
+}
+
+/// A child that only reads has next to no page tables of its own, by VmPTE and by PageTables.
+fn page_tables_are_not_made(ctx: &Ctx) -> Res {
+    let granules = if ctx.long { 256 } else { 48 };
+    let k = Kin::new(ctx, granules)?;
+    let before = page_tables_kb();
+    let child = k.child(ctx, granules)?;
+    child.peer.touch(child.at(0), pages(granules))?;
+    let grown = page_tables_kb().saturating_sub(before);
+    let pte =
+        |k: &Kin| kernel::kb_field(&format!("/proc/{}/status", k.peer.pid), "VmPTE").unwrap_or(0);
+    if ctx.sharing {
+        ensure!(grown < 4 * granules / 2, "PageTables grew by {grown} kB");
+        ensure!(
+            pte(&child) < 4 * granules / 2,
+            "the child's VmPTE is {} kB",
+            pte(&child)
+        );
+    } else {
+        ensure!(
+            pte(&child) >= 4 * granules,
+            "the child's VmPTE is {} kB",
+            pte(&child)
+        );
+    }
+    ensure!(
+        pte(&k) >= 4 * granules,
+        "the parent's VmPTE is {} kB",
+        pte(&k)
+    );
+    k.peer.exit()?;
+    if ctx.sharing {
+        // In nobody's account, and not freed either.
+        ensure!(
+            page_tables_kb() + 200 > before,
+            "PageTables fell to {} kB",
+            page_tables_kb()
+        );
+    }
+    child.sees(0..GRANULE_PAGES)?;
+    child.peer.exit()?;
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while page_tables_kb() + 2 * granules > before {
+        ensure!(
+            Instant::now() < deadline,
+            "PageTables: {} kB, it was {before} kB with a process of {granules} tables",
+            page_tables_kb()
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
+/// A fork a hundred times over while the first child lives: nothing is left of the later ones.
+fn page_tables_of_a_living_child(ctx: &Ctx) -> Res {
+    let granules = 8;
+    let mut k = Kin::new(ctx, granules)?;
+    let first = k.child(ctx, granules)?;
+    let mut second = k.child(ctx, granules)?;
+    second.store(1)?;
+    k.store(2)?;
+    second.peer.exit()?;
+    let before = page_tables_kb();
+    for n in 0..if ctx.long { 1000 } else { 100 } {
+        let mut next = k.child(ctx, granules)?;
+        next.store(n % pages(granules))?;
+        k.store((7 * n) % pages(granules))?;
+        if n % 20 == 0 {
+            super::verify_all(&[&k, &first, &next])?;
+        }
+        next.peer.exit()?;
+    }
+    let deadline = Instant::now() + Duration::from_secs(5);
+    // One table for each granule that the parent has copied, and what any process has.
+    while page_tables_kb() > before + 4 * granules + 64 {
+        ensure!(
+            Instant::now() < deadline,
+            "PageTables: {} kB, it was {before} kB",
+            page_tables_kb()
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    super::verify_all(&[&k, &first])
+}
+
+/// A child in a cgroup of its own, which pays for what it copies and no more.
+fn cgroup_pays_once(ctx: &Ctx) -> Res {
+    let k = Kin::new(ctx, 8)?;
+    let group = Cgroup::enter()?;
+    let mut child = k.fork()?;
+    std::fs::write(
+        format!(
+            "/sys/fs/cgroup/guest-tests-{}/cgroup.procs",
+            std::process::id()
+        ),
+        child.peer.pid.to_string(),
+    )?;
+    group.leave()?;
+    // A fork in there has its tables charged there.
+    let grandchild = child.child(ctx, 8)?;
+    let before = settled(&group)?;
+    grandchild.verify()?;
+    let after = settled(&group)?;
+    ensure!(
+        after < before + (64 << 10),
+        "reading cost the cgroup {} bytes",
+        after - before
+    );
+    child.fill(0..GRANULE_PAGES)?;
+    let now = settled(&group)?;
+    ensure!(
+        now > before + GRANULE * 7 / 8 && now < before + GRANULE * 9 / 8 + (256 << 10),
+        "writing a granule cost the cgroup {} bytes",
+        now - before
+    );
+    child.peer.exit()?;
+    k.verify()?;
+    grandchild.verify()
+}
+
+/// memory.current, once what lies in CPUs' stocks has settled.
+fn settled(group: &Cgroup) -> Res<u64> {
+    std::thread::sleep(Duration::from_millis(100));
+    group.number("memory.current")
+}
+
+/// When the whole family is gone the cgroup has next to nothing.
+fn cgroup_is_empty_in_the_end(ctx: &Ctx) -> Res {
+    let group = Cgroup::enter()?;
+    // This process stays in it meanwhile, and what it touches is its own.
+    let before = settled(&group)?;
+    {
+        let mut k = Kin::new(ctx, 6)?;
+        let mut child = k.child(ctx, 6)?;
+        let mut grandchild = child.child(ctx, 6)?;
+        diverge(&mut [&mut grandchild, &mut k, &mut child])?;
+        k.peer.exit()?;
+        child.fill(0..pages(2))?;
+        let late = grandchild.child(ctx, 6)?;
+        child.peer.exit()?;
+        grandchild.peer.exit()?;
+        late.verify()?;
+        late.peer.exit()?;
+    }
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let now = group.number("memory.current")?;
+        if now < before + (2 << 20) {
+            return Ok(());
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "the cgroup has {now} bytes, it had {before} before"
+        );
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Pages of files and of shared memory in shared tables are counted as what they are.
+fn counters_of_file_and_shmem_pages(ctx: &Ctx) -> Res {
+    let fs = crate::machine::Ext4::mount(64)?;
+    let [disk, memory] = [fs.file("counted")?.into(), sys::memfd(0)?];
+    for (fd, field) in [(disk, "RssFile"), (memory, "RssShmem")] {
+        let k = Kin::bare(ctx, 2)?;
+        sys::ftruncate(&fd, 2 * GRANULE)?;
+        let mut model = crate::oracle::Model::new(ctx.seed, pages(2));
+        model.fill(&fd, 0..pages(2))?;
+        use std::os::fd::AsRawFd;
+        let flags = sys::PRIVATE | sys::FIXED;
+        k.peer
+            .mmap(k.base, 2 * GRANULE, sys::RW, flags, fd.as_raw_fd(), 0)??;
+        k.peer.touch(k.base, pages(2))?;
+        let mut k = k;
+        k.model.pages.clone_from(&model.pages);
+        k.store(0)?;
+        k.store(GRANULE_PAGES)?;
+        let count = |k: &Kin| {
+            kernel::kb_field(&format!("/proc/{}/status", k.peer.pid), field).unwrap_or(0) / 4
+        };
+        let before = count(&k);
+        ensure!(before >= pages(2) - 2, "{field}: {before} pages");
+        let child = k.child(ctx, 2)?;
+        for who in [&k, &child] {
+            let now = count(who);
+            ensure!(
+                now.abs_diff(before) < 130,
+                "{field}: {now} pages, it was {before}"
+            );
+        }
+        // A hole takes them away from both.
+        sys::punch(&fd, 0, 2 * GRANULE)?;
+        for who in [&k, &child] {
+            let now = count(who);
+            ensure!(
+                now + pages(2) < before + 130,
+                "{field}: {now} pages after a hole, it was {before}"
+            );
+        }
+        k.peer.exit()?;
+        let now = count(&child);
+        ensure!(
+            now + pages(2) < before + 130,
+            "{field} of the child: {now} pages, it was {before}"
+        );
+    }
+    Ok(())
+}
+
+/// Whoever looks, in whatever way, changes nothing.
+fn walks_do_not_unshare(ctx: &Ctx) -> Res {
+    let k = Kin::new(ctx, 3)?;
+    let child = k.child(ctx, 3)?;
+    let before = Events::now();
+    for who in [&k, &child] {
+        for name in [
+            "status",
+            "stat",
+            "statm",
+            "smaps",
+            "smaps_rollup",
+            "maps",
+            "numa_maps",
+            "oom_score",
+        ] {
+            std::fs::read(format!("/proc/{}/{name}", who.peer.pid))?;
+        }
+        kernel::pagemap(who.peer.pid, who.base, pages(3))?;
+        // mincore says that everything is there.
+        let mincore: crate::peer::Remote = |a, _| {
+            let mut there = vec![0u8; a[1] as usize];
+            let r = sys::syscall(
+                libc::SYS_mincore,
+                &[a[0], a[1] * sys::PAGE, there.as_mut_ptr() as u64],
+            );
+            (crate::peer::flat(r), there)
+        };
+        let (r, there) = who.peer.call(mincore, &[who.base, pages(3)], &[])?;
+        ensure_eq!(r, 0, "mincore");
+        let n = there.iter().filter(|b| **b & 1 != 0).count() as u64;
+        ensure_eq!(n, pages(3), "pages that mincore finds");
+        let mem = std::fs::File::open(format!("/proc/{}/mem", who.peer.pid))?;
+        let mut buf = vec![0; 3 * GRANULE as usize];
+        sys::pread(&mem, &mut buf, who.base)?;
+    }
+    before.expect(ctx, 0, 0)?;
+    child.borrows(ctx, 3)
+}

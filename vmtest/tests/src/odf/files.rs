@@ -1,0 +1,332 @@
+//! Private mappings of files: pages of the file and pages of one's own in one table, and a file that
+//! changes under all who share it.
+
+use super::{diverge, verify_all, Events, Kin};
+use crate::harness::{Ctx, Res};
+use crate::machine::Ext4;
+use crate::oracle::{page_bytes, pages, Model};
+use crate::sys::{self, FIXED, GRANULE, GRANULE_PAGES, PAGE, PRIVATE, RW};
+use crate::{ensure_eq, group};
+use std::ops::Range;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+group!("odf";
+    private_file_memfd,
+    private_file_ext4,
+    private_file_truncated,
+    private_file_truncated_by_a_part_of_a_page,
+    private_file_punched,
+    private_file_written_back,
+    private_file_untouched,
+    granule_of_several_mappings,
+    shared_and_private_side_by_side,
+);
+
+/// Gives the file its size and content.
+fn fill(fd: &OwnedFd, file: &mut Model, n: u64) -> Res {
+    file.truncate(fd, n)?;
+    let mut bytes = vec![];
+    for page in 0..n {
+        let g = super::next();
+        file.pages[page as usize] = g;
+        bytes.extend(page_bytes(file.seed, page, g));
+    }
+    Ok(sys::pwrite(fd, &bytes, 0)?)
+}
+
+/// A file and a private mapping of it in which some pages were written.
+struct Private {
+    fd: OwnedFd,
+    file: Model,
+    k: Kin,
+}
+
+/// Pages that the process has written: every third.
+fn own(page: u64) -> bool {
+    page.is_multiple_of(3)
+}
+
+impl Private {
+    fn new(ctx: &Ctx, fd: OwnedFd, granules: u64) -> Res<Private> {
+        let mut p = Private {
+            fd,
+            // The same seed, so that a page's generation alone says whose it is.
+            file: Model::new(ctx.seed, 0),
+            k: Kin::bare(ctx, granules)?,
+        };
+        fill(&p.fd, &mut p.file, pages(granules))?;
+        let (at, fd) = (p.k.base, p.fd.as_raw_fd());
+        p.k.peer
+            .mmap(at, granules * GRANULE, RW, PRIVATE | FIXED, fd, 0)??;
+        p.k.model.pages.clone_from(&p.file.pages);
+        p.k.peer.touch(at, pages(granules))?;
+        p.k.fill_every(3, 0..pages(granules))?;
+        p.k.verify()?;
+        Ok(p)
+    }
+
+    /// The file gets something new, not through a mapping.
+    fn write_file(&mut self, page: u64) -> Res {
+        let g = super::next();
+        self.file.pages[page as usize] = g;
+        sys::pwrite(&self.fd, &page_bytes(self.file.seed, page, g), page * PAGE)?;
+        Ok(())
+    }
+
+    /// The same, and everybody who has not written the page sees it.
+    fn write_under(&mut self, page: u64, others: &mut [&mut Kin]) -> Res {
+        self.write_file(page)?;
+        let g = self.file.pages[page as usize];
+        for k in std::iter::once(&mut self.k).chain(others.iter_mut().map(|k| &mut **k)) {
+            if !own(page) {
+                k.model.pages[page as usize] = g;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn changes(ctx: &Ctx, fd: OwnedFd) -> Res {
+    let mut p = Private::new(ctx, fd, 3)?;
+    let before = Events::now();
+    let mut child = p.k.child(ctx, 3)?;
+    let mut grandchild = child.child(ctx, 3)?;
+    verify_all(&[&p.k, &child, &grandchild])?;
+    for page in [1, 3, GRANULE_PAGES + 2, GRANULE_PAGES + 1] {
+        p.write_under(page, &mut [&mut child, &mut grandchild])?;
+        verify_all(&[&p.k, &child, &grandchild])?;
+    }
+    before.expect(ctx, 0, 0)?;
+    // A page of the file and a page of one's own, by each.
+    child.store(4)?;
+    child.store(6)?;
+    p.k.store(7)?;
+    p.k.store(9)?;
+    grandchild.store(GRANULE_PAGES)?;
+    verify_all(&[&p.k, &child, &grandchild])?;
+    p.write_under(10, &mut [&mut child, &mut grandchild])?;
+    verify_all(&[&p.k, &child, &grandchild])?;
+    // Dropping one's own shows the file again.
+    for page in [6, 9] {
+        let one = if page == 6 { &mut child } else { &mut p.k };
+        one.advise(page..page + 1, libc::MADV_DONTNEED)?;
+        one.model.pages[page as usize] = p.file.pages[page as usize];
+        verify_all(&[&p.k, &child, &grandchild])?;
+    }
+    diverge(&mut [&mut grandchild, &mut p.k, &mut child])?;
+    p.file.verify_file(&p.fd)
+}
+
+fn private_file_memfd(ctx: &Ctx) -> Res {
+    changes(ctx, sys::memfd(0)?)
+}
+
+fn private_file_ext4(ctx: &Ctx) -> Res {
+    let fs = Ext4::mount(64)?;
+    changes(ctx, fs.file("private")?.into())
+}
+
+/// What is beyond the end goes for everybody, their own pages too.
+fn private_file_truncated(ctx: &Ctx) -> Res {
+    let mut p = Private::new(ctx, sys::memfd(0)?, 3)?;
+    let mut child = p.k.child(ctx, 3)?;
+    let grandchild = child.child(ctx, 3)?;
+    // One table of the child's own among the shared ones.
+    child.store(GRANULE_PAGES + 3)?;
+    let end = GRANULE_PAGES + 100;
+    p.file.truncate(&p.fd, end)?;
+    for who in [&p.k, &child, &grandchild] {
+        for page in [end, end + 1, end + 2, pages(2), pages(3) - 1] {
+            who.faults(page, libc::SIGBUS, sys::BUS_ADRERR)?;
+        }
+        who.sees(0..end)?;
+    }
+    // Anew: zeros for everybody.
+    p.file.truncate(&p.fd, pages(3))?;
+    let mut all = [p.k, child, grandchild];
+    for who in &mut all {
+        who.zero(end..pages(3));
+        who.verify()?;
+    }
+    let [k, child, grandchild] = &mut all;
+    diverge(&mut [grandchild, k, child])?;
+    p.file.truncate(&p.fd, 0)?;
+    for who in &all {
+        who.faults(0, libc::SIGBUS, sys::BUS_ADRERR)?;
+    }
+    Ok(())
+}
+
+/// The rest of the last page is zeros in the file, and as it was in a page of one's own.
+fn private_file_truncated_by_a_part_of_a_page(ctx: &Ctx) -> Res {
+    for page in [GRANULE_PAGES + 1, GRANULE_PAGES + 2] {
+        let p = Private::new(ctx, sys::memfd(0)?, 2)?;
+        let child = p.k.child(ctx, 2)?;
+        sys::ftruncate(&p.fd, page * PAGE + 64)?;
+        for who in [&p.k, &child] {
+            let (inside, beyond) = (who.at(page) + 56, who.at(page) + 64);
+            let want =
+                |n| crate::oracle::word_at(ctx.seed, page, who.model.pages[page as usize], n);
+            ensure_eq!(who.peer.load(inside)?, Ok(want(7)), "before the end");
+            let rest = if own(page) { want(8) } else { 0 };
+            ensure_eq!(who.peer.load(beyond)?, Ok(rest), "after the end");
+            who.sees(0..page)?;
+            who.faults(page + 1, libc::SIGBUS, sys::BUS_ADRERR)?;
+        }
+    }
+    Ok(())
+}
+
+/// A hole takes the file's pages from everybody, and nobody's own.
+fn private_file_punched(ctx: &Ctx) -> Res {
+    let fs = Ext4::mount(64)?;
+    for fd in [sys::memfd(0)?, fs.file("punched")?.into()] {
+        let mut p = Private::new(ctx, fd, 3)?;
+        let mut child = p.k.child(ctx, 3)?;
+        let mut grandchild = child.child(ctx, 3)?;
+        let before = Events::now();
+        let holes: [Range<u64>; 3] = [
+            5..9,
+            GRANULE_PAGES - 4..GRANULE_PAGES + 4,
+            pages(2)..pages(3),
+        ];
+        for hole in holes {
+            p.file.punch(&p.fd, hole.clone())?;
+            for page in hole.filter(|p| !own(*p)) {
+                for who in [&mut p.k, &mut child, &mut grandchild] {
+                    who.zero(page..page + 1);
+                }
+            }
+            // Own pages first: reading a hole fills it for oneself.
+            grandchild.verify()?;
+            verify_all(&[&p.k, &child, &grandchild])?;
+            child.store(6)?;
+            p.k.store(pages(2) + 2)?;
+            verify_all(&[&p.k, &child, &grandchild])?;
+        }
+        if ctx.sharing {
+            let since = Events::now().since(&before);
+            crate::ensure!(since.copied > 0, "no table was copied");
+        }
+        diverge(&mut [&mut grandchild, &mut p.k, &mut child])?;
+    }
+    Ok(())
+}
+
+/// Writeback of the file, while pages of it are in shared tables: what is written later is not lost.
+fn private_file_written_back(ctx: &Ctx) -> Res {
+    let fs = Ext4::mount(64)?;
+    let mut p = Private::new(ctx, fs.file("back")?.into(), 2)?;
+    let at = p.k.peer.map(&p.fd, 0, 2 * GRANULE, RW)?;
+    let mut child = p.k.child(ctx, 2)?;
+    for (round, page) in [1, GRANULE_PAGES + 2, 7, GRANULE_PAGES + 8]
+        .into_iter()
+        .enumerate()
+    {
+        // Through the shared mapping, by the parent or the child.
+        let who = if round < 2 { &p.k } else { &child };
+        let g = super::next();
+        let a = [at + page * PAGE, ctx.seed, page, u64::from(g)];
+        ensure_eq!(
+            who.peer.call(crate::oracle::STORE_PAGE, &a, &[])?.0,
+            0,
+            "the store"
+        );
+        p.file.pages[page as usize] = g;
+        p.k.model.pages[page as usize] = g;
+        child.model.pages[page as usize] = g;
+        sys::syscall(libc::SYS_fsync, &[p.fd.as_raw_fd() as u64])?;
+        verify_all(&[&p.k, &child])?;
+    }
+    p.k.store(2)?;
+    child.store(2)?;
+    sys::syscall(libc::SYS_fsync, &[p.fd.as_raw_fd() as u64])?;
+    verify_all(&[&p.k, &child])?;
+    p.file.verify_file(&p.fd)
+}
+
+/// A mapping that nobody has written to is not copied by a fork at all; each reads the file for itself.
+fn private_file_untouched(ctx: &Ctx) -> Res {
+    let mut p = Private::new(ctx, sys::memfd(0)?, 2)?;
+    let at = p.k.peer.place(0, 2 * GRANULE)?;
+    let fd = p.fd.as_raw_fd();
+    p.k.peer
+        .mmap(at, 2 * GRANULE, RW, PRIVATE | FIXED, fd, 0)??;
+    p.k.peer.touch(at, pages(2))?;
+    // The written mapping is shared, this one not.
+    let child = p.k.child(ctx, 2)?;
+    p.file.verify_mapped(&child.peer, at, 0..pages(2))?;
+    p.write_file(5)?;
+    p.file.verify_mapped(&child.peer, at, 0..pages(2))?;
+    p.file.verify_mapped(&p.k.peer, at, 0..pages(2))
+}
+
+/// Several mappings in one granule: that one is copied, the one beside it shared.
+fn granule_of_several_mappings(ctx: &Ctx) -> Res {
+    let fd = sys::memfd(0)?;
+    let mut file = Model::new(ctx.seed, 0);
+    fill(&fd, &mut file, pages(2))?;
+    let mut k = Kin::new(ctx, 2)?;
+    // Over the middle of the first granule: private pages of the file, with some of one's own.
+    let part = 100..200;
+    k.peer.mmap(
+        k.at(100),
+        100 * PAGE,
+        RW,
+        PRIVATE | FIXED,
+        fd.as_raw_fd(),
+        100 * PAGE,
+    )??;
+    k.model.pages[100..200].clone_from_slice(&file.pages[100..200]);
+    for page in part.clone().step_by(7) {
+        k.store(page)?;
+    }
+    // And one that may not be read.
+    k.must(libc::SYS_mprotect, &[k.at(300), 8 * PAGE, sys::NONE])?;
+    let mut child = k.child(ctx, 1)?;
+    let mut grandchild = child.child(ctx, 1)?;
+    for who in [&mut grandchild, &mut k, &mut child] {
+        for page in [99, 100, 101, 199, 200, 308, GRANULE_PAGES] {
+            who.store(page)?;
+        }
+    }
+    for who in [&k, &child, &grandchild] {
+        who.sees(0..300)?;
+        who.faults(300, libc::SIGSEGV, sys::SEGV_ACCERR)?;
+        who.sees(308..pages(2))?;
+    }
+    Ok(())
+}
+
+/// A private mapping beside a shared one of the same file: what is shared stays so.
+fn shared_and_private_side_by_side(ctx: &Ctx) -> Res {
+    ctx.opt_in()?;
+    let mut p = Private::new(ctx, sys::memfd(0)?, 2)?;
+    let at = p.k.peer.map(&p.fd, 0, 2 * GRANULE, RW)?;
+    let child = p.k.fork()?;
+    for (n, who) in [&p.k, &child].into_iter().enumerate() {
+        let page = GRANULE_PAGES + 2 + 3 * n as u64;
+        let g = super::next();
+        let a = [at + page * PAGE, ctx.seed, page, u64::from(g)];
+        ensure_eq!(
+            who.peer.call(crate::oracle::STORE_PAGE, &a, &[])?.0,
+            0,
+            "the store"
+        );
+        p.file.pages[page as usize] = g;
+    }
+    for who in [&p.k, &child] {
+        p.file.verify_mapped(&who.peer, at, 0..pages(2))?;
+    }
+    // Unwritten pages of the private mapping show the file.
+    let mut child = child;
+    for page in [GRANULE_PAGES + 2, GRANULE_PAGES + 5] {
+        p.k.model.pages[page as usize] = p.file.pages[page as usize];
+        child.model.pages[page as usize] = p.file.pages[page as usize];
+    }
+    diverge(&mut [&mut p.k, &mut child])?;
+    for who in [&p.k, &child] {
+        p.file.verify_mapped(&who.peer, at, 0..pages(2))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,343 @@
+//! Pages that move while their table is shared: between nodes, by compaction, by NUMA balancing.
+
+use super::{diverge, verify_all, Events, Kin};
+use crate::harness::{Ctx, Res};
+use crate::inplace::two_nodes;
+use crate::kernel;
+use crate::machine::Setting;
+use crate::oracle::pages;
+use crate::peer::Remote;
+use crate::sys::{self, GRANULE, GRANULE_PAGES, PAGE};
+use crate::{ensure, ensure_eq, group, skip};
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
+
+group!("odf";
+    move_pages_for_all,
+    move_pages_for_one,
+    migrate_pages_of_a_family,
+    mbind_by_one,
+    numa_hints_after_the_fork(120),
+    numa_hints_before_the_fork(120),
+    compaction_under_a_family(120),
+    moves_while_both_write(180),
+);
+
+const MOVE: u64 = 2;
+const MOVE_ALL: u64 = 4;
+
+/// move_pages of all pages of a process: how many are on the node afterwards, and how many were refused
+/// because others use them.
+fn move_to(k: &Kin, node: i32, flags: u64) -> Res<(u64, u64)> {
+    let n = k.model.pages.len() as u64;
+    let addrs: Vec<u64> = (0..n).map(|p| k.at(p)).collect();
+    let nodes = vec![node; addrs.len()];
+    let mut status = vec![0i32; addrs.len()];
+    let a = [
+        k.peer.pid as u64,
+        n,
+        addrs.as_ptr() as u64,
+        nodes.as_ptr() as u64,
+        status.as_mut_ptr() as u64,
+        flags,
+    ];
+    sys::syscall(libc::SYS_move_pages, &a)?;
+    let count = |what: i32| status.iter().filter(|s| **s == what).count() as u64;
+    Ok((count(node), count(-libc::EACCES)))
+}
+
+/// MPOL_MF_MOVE_ALL moves what several use, without a copy of the table; nobody loses anything.
+fn move_pages_for_all(ctx: &Ctx) -> Res {
+    two_nodes()?;
+    let mut k = Kin::new(ctx, 2)?;
+    let mut child = k.child(ctx, 2)?;
+    let before = Events::now();
+    for (node, by_child) in [(1, false), (0, true), (1, true)] {
+        let who = if by_child { &child } else { &k };
+        let (there, _) = move_to(who, node, MOVE_ALL)?;
+        ensure!(there > pages(2) / 2, "{there} pages are on node {node}");
+        verify_all(&[&k, &child])?;
+    }
+    before.expect(ctx, 0, 0)?;
+    child.store(3)?;
+    let (there, _) = move_to(&k, 0, MOVE_ALL)?;
+    ensure!(there > pages(2) / 2, "{there} pages are on node 0");
+    diverge(&mut [&mut k, &mut child])?;
+    let (there, _) = move_to(&child, 1, MOVE_ALL)?;
+    ensure!(there > pages(2) / 2, "{there} pages are on node 1");
+    let grandchild = child.child(ctx, 2)?;
+    move_to(&grandchild, 0, MOVE_ALL)?;
+    verify_all(&[&k, &child, &grandchild])
+}
+
+/// MPOL_MF_MOVE moves what is one's own, and refuses the rest.
+fn move_pages_for_one(ctx: &Ctx) -> Res {
+    two_nodes()?;
+    let mut k = Kin::new(ctx, 2)?;
+    move_to(&k, 0, MOVE)?;
+    let child = k.child(ctx, 2)?;
+    let (there, refused) = move_to(&child, 1, MOVE)?;
+    ensure_eq!(
+        (there, refused),
+        (0, pages(2)),
+        "of the child's, moved and refused"
+    );
+    let (there, refused) = move_to(&k, 1, MOVE)?;
+    ensure_eq!(
+        (there, refused),
+        (0, pages(2)),
+        "of the parent's, moved and refused"
+    );
+    k.fill(0..9)?;
+    let (_, refused) = move_to(&k, 1, MOVE)?;
+    ensure_eq!(
+        refused,
+        pages(2) - 9,
+        "of the parent's, refused after nine writes"
+    );
+    verify_all(&[&k, &child])?;
+    child.peer.exit()?;
+    let (_, refused) = move_to(&k, 1, MOVE)?;
+    ensure_eq!(refused, 0, "of the last one's, refused");
+    k.verify()
+}
+
+fn migrate_pages_of_a_family(ctx: &Ctx) -> Res {
+    two_nodes()?;
+    let mut k = Kin::new(ctx, 2)?;
+    let mut child = k.child(ctx, 2)?;
+    let grandchild = child.child(ctx, 2)?;
+    for (who, from, to) in [
+        (&k, 1u64, 2u64),
+        (&child, 2, 1),
+        (&grandchild, 1, 2),
+        (&k, 2, 1),
+    ] {
+        let [f, t] = [&from, &to].map(|v| v as *const u64 as u64);
+        sys::syscall(libc::SYS_migrate_pages, &[who.peer.pid as u64, 64, f, t])?;
+        verify_all(&[&k, &child, &grandchild])?;
+    }
+    grandchild.peer.exit()?;
+    diverge(&mut [&mut child, &mut k])
+}
+
+/// mbind in one of them, with each of its flags.
+fn mbind_by_one(ctx: &Ctx) -> Res {
+    two_nodes()?;
+    const BIND: u64 = 2;
+    for flags in [0, MOVE, MOVE_ALL] {
+        for part in [0..pages(2), GRANULE_PAGES - 9..GRANULE_PAGES + 9] {
+            let mut k = Kin::new(ctx, 2)?;
+            let mut child = k.child(ctx, 2)?;
+            for (who, by_child) in [(1u64, true), (0, false)] {
+                let one = if by_child { &child } else { &k };
+                let mbind: Remote = |a, _| {
+                    let mask = 1u64 << a[2];
+                    let r = sys::syscall(
+                        libc::SYS_mbind,
+                        &[a[0], a[1], BIND, &raw const mask as u64, 64, a[3]],
+                    );
+                    (crate::peer::flat(r), vec![])
+                };
+                let len = (part.end - part.start) * PAGE;
+                let a = [one.at(part.start), len, who, flags];
+                ensure_eq!(one.peer.call(mbind, &a, &[])?.0, 0, "mbind, flags {flags}");
+                verify_all(&[&k, &child])?;
+            }
+            diverge(&mut [&mut k, &mut child])?;
+            k.child(ctx, if part.start == 0 { 2 } else { 0 })?
+                .verify()?;
+        }
+    }
+    Ok(())
+}
+
+/// NUMA balancing at its liveliest.
+fn hints() -> Res<Vec<Setting>> {
+    let mut all = vec![Setting::set("/proc/sys/kernel/numa_balancing", "1")?];
+    for (n, v) in [
+        ("scan_delay_ms", "1"),
+        ("scan_period_min_ms", "10"),
+        ("scan_period_max_ms", "50"),
+    ] {
+        all.extend(Setting::set(
+            &format!("/sys/kernel/debug/sched/numa_balancing/{n}"),
+            v,
+        ));
+    }
+    all.reverse();
+    Ok(all)
+}
+
+/// In a peer: reads, and now and then writes what is there already. Arguments: address, pages, CPU,
+/// milliseconds, write?
+const SPIN: Remote = |a, _| {
+    let end = Instant::now() + Duration::from_millis(a[3]);
+    let mut cpu = a[2];
+    while Instant::now() < end {
+        // From here and from there, so that pages have a reason to move.
+        cpu += 1;
+        sys::pin_to_cpu(cpu as usize / 8);
+        for n in 0..a[1] {
+            let at = a[0] + n * PAGE;
+            let r = sys::load64(at).and_then(|v| match a[4] != 0 && n % 64 == 0 {
+                true => sys::store64(at, v),
+                false => Ok(()),
+            });
+            if let Err(f) = r {
+                return (1, format!("page {n}: {f:?}").into_bytes());
+            }
+        }
+    }
+    (0, vec![])
+};
+
+fn spin(ctx: &Ctx, kin: &[&Kin], write: u64) -> Res {
+    let time = ctx.duration(1, 20).as_millis() as u64;
+    for (i, k) in kin.iter().enumerate() {
+        let a = [k.base, k.model.pages.len() as u64, i as u64, time, write];
+        k.peer.start(SPIN, &a, &[])?;
+    }
+    for k in kin {
+        let (r, why) = k.peer.finish()?;
+        ensure_eq!(r, 0, "{}: {}", k.peer.pid, String::from_utf8_lossy(&why));
+    }
+    kin.iter().try_for_each(|k| k.verify())
+}
+
+/// Hinting does not touch what is shared.
+fn numa_hints_after_the_fork(ctx: &Ctx) -> Res {
+    two_nodes()?;
+    let mut k = Kin::new(ctx, 3)?;
+    let mut child = k.child(ctx, 3)?;
+    let before = Events::now();
+    let on = hints()?;
+    spin(ctx, &[&k, &child], 0)?;
+    before.expect(ctx, 0, 0)?;
+    child.borrows(ctx, 3)?;
+    spin(ctx, &[&k, &child], 1)?;
+    drop(on);
+    diverge(&mut [&mut k, &mut child])
+}
+
+/// Hints that are there at the fork are resolved by each for itself.
+fn numa_hints_before_the_fork(ctx: &Ctx) -> Res {
+    two_nodes()?;
+    let on = hints()?;
+    let mut k = Kin::untouched(ctx, 3)?;
+    k._quiet = None;
+    std::fs::write("/proc/sys/kernel/numa_balancing", "1")?;
+    k.fill(0..pages(3))?;
+    // Hints are made when a process has run for a second, of pages that are not on its node, and go when it
+    // touches them: so it touches none.
+    let burn: Remote = |a, _| {
+        sys::pin_to_cpu(0);
+        let end = Instant::now() + Duration::from_millis(a[0]);
+        while Instant::now() < end {}
+        (0, vec![])
+    };
+    let hinted = || kernel::vmstat("numa_pte_updates").unwrap_or(0);
+    let before = hinted();
+    for round in 0..8 {
+        if hinted() > before + pages(1) {
+            break;
+        }
+        // Not for long: of memory that nobody touches it makes no more.
+        move_to(&k, 1 - round % 2, MOVE)?;
+        k.peer.call(burn, &[1200], &[])?;
+    }
+    if hinted() <= before + pages(1) {
+        skip!("NUMA balancing did nothing");
+    }
+    let mut child = k.child(ctx, 3)?;
+    let mut grandchild = child.child(ctx, 3)?;
+    spin(ctx, &[&k, &child, &grandchild], 0)?;
+    spin(ctx, &[&k, &child, &grandchild], 1)?;
+    drop(on);
+    diverge(&mut [&mut k, &mut child, &mut grandchild])
+}
+
+/// Compaction moves pages of shared tables.
+fn compaction_under_a_family(ctx: &Ctx) -> Res {
+    let migrated = || kernel::vmstat("pgmigrate_success").unwrap_or(0);
+    let mut k = Kin::new(ctx, 4)?;
+    let mut child = k.child(ctx, 4)?;
+    // Checkered memory, so that there is something to compact.
+    let checkered = sys::memfd(32 * GRANULE)?;
+    let fd = checkered.as_raw_fd() as u64;
+    sys::syscall(libc::SYS_fallocate, &[fd, 0, 0, 32 * GRANULE])?;
+    for page in (0..pages(32)).step_by(2) {
+        sys::punch(&checkered, page * PAGE, PAGE)?;
+    }
+    let before = migrated();
+    for round in 0..if ctx.long { 30 } else { 3 } {
+        if let Err(e) = std::fs::write("/proc/sys/vm/compact_memory", "1") {
+            skip!("no compaction: {e}");
+        }
+        verify_all(&[&k, &child])?;
+        if round > 0 {
+            k.store(5 + round)?;
+            child.store(pages(2) + round)?;
+        }
+        for page in (1..pages(32)).step_by(16) {
+            sys::punch(&checkered, page * PAGE, PAGE)?;
+        }
+    }
+    if migrated() == before {
+        skip!("compaction found nothing to migrate");
+    }
+    diverge(&mut [&mut k, &mut child])
+}
+
+/// In a peer: counts in every page until told otherwise by the time, and says what should be there.
+/// Arguments: address, pages, milliseconds.
+const COUNT: Remote = |a, _| {
+    let end = Instant::now() + Duration::from_millis(a[2]);
+    let mut round = 1u64;
+    while Instant::now() < end {
+        for n in 0..a[1] {
+            let at = a[0] + n * PAGE;
+            let old = sys::load64(at + 8);
+            if round > 1 && old != Ok(round - 1) {
+                return (
+                    1,
+                    format!("page {n} round {round} holds {old:x?}").into_bytes(),
+                );
+            }
+            if let Err(f) = sys::store64(at + 8, round) {
+                return (2, format!("page {n}: {f:?}").into_bytes());
+            }
+        }
+        round += 1;
+    }
+    (0, vec![])
+};
+
+/// Both write all the time, children come and go, while everything is moved from node to node.
+fn moves_while_both_write(ctx: &Ctx) -> Res {
+    two_nodes()?;
+    let end = Instant::now() + ctx.duration(3, 60);
+    let mut moved = 0;
+    let mut rounds = 0;
+    while Instant::now() < end || rounds < 2 {
+        rounds += 1;
+        let k = Kin::new(ctx, 2)?;
+        let child = k.child(ctx, 2)?;
+        let spare = k.child(ctx, 2)?;
+        for who in [&k, &child] {
+            who.peer.start(COUNT, &[who.base, pages(2), 700], &[])?;
+        }
+        for n in 0..12 {
+            let who = [&k, &child, &spare][n % 3];
+            moved += move_to(who, (n as i32 / 3 + 1) % 2, MOVE_ALL)?.0;
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        for who in [&k, &child] {
+            let (r, why) = who.peer.finish()?;
+            ensure_eq!(r, 0, "{}: {}", who.peer.pid, String::from_utf8_lossy(&why));
+        }
+        spare.verify()?;
+    }
+    ensure!(moved > 0, "nothing was moved");
+    Ok(())
+}
