@@ -25,8 +25,17 @@ pub struct Peer {
 impl Drop for Peer {
     fn drop(&mut self) {
         sys::kill(self.pid, libc::SIGKILL).ok();
-        // Fails at once for the child of another peer, which the test process does not own (yet).
-        sys::wait(self.pid).ok();
+        // Fails at once for the child of another peer, which the test process does not own (yet). Such a
+        // one closes its end when its memory is gone; unless a child of its own, that is no peer, has it too.
+        if sys::wait(self.pid).is_err() {
+            let mut end = libc::pollfd {
+                fd: self.pipe.as_raw_fd(),
+                events: 0,
+                revents: 0,
+            };
+            // SAFETY: one valid pollfd.
+            unsafe { libc::poll(&mut end, 1, 1000) };
+        }
     }
 }
 
