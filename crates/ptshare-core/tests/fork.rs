@@ -159,18 +159,15 @@ impl World {
         let Some((table, _)) = self.at(parent.entry.load(Ordering::Relaxed)) else {
             return;
         };
-        let shared = table.count.load() > 0;
-        let own = || {
-            if !shared {
-                table.owner.set(Some(parent.id));
-            }
-        };
+        let own = || table.owner.set(Some(parent.id));
         if self.bug == Bug::OwnerAfterCount {
-            count::fork(&table.count);
-            own();
+            let mut first = false;
+            count::fork(&table.count, || first = true);
+            if first {
+                own();
+            }
         } else {
-            own();
-            count::fork(&table.count);
+            count::fork(&table.count, own);
         }
         child.entry.store(table.id * 2, Ordering::Release);
         parent.entry.store(table.id * 2, Ordering::Release);

@@ -11,8 +11,11 @@
  *  - Who unmaps a whole granule of one mm just leaves: cow_pte_leave().
  *  - Who changes a PTE for everybody (reclaim, migration, truncation) does it in
  *    place, under the PTE lock, and flushes all sharers: see linux/ptshare.h.
+ *    So does a fork that copies, which write-protects them; nobody can have one
+ *    cached as writable.
  *  - Its pages are in the rss of its owner, the mm that had the table before the
- *    fork, as long as that uses it: ptshare_rss_mm().  Others borrow them.
+ *    fork, as long as that uses it: ptshare_rss_mm().  Others borrow the table:
+ *    cow_pte_borrows().
  *  - A page in it may be PageAnonExclusive: exclusive to the table.  GUP neither
  *    writes through it nor pins.  Other references are looked for when the last
  *    one who uses the table takes it back.
@@ -58,6 +61,28 @@ static inline int cow_pte_others(const pte_t *ptep)
 	       ptdesc_pte_share_count(virt_to_ptdesc(ptep)) - 1 : 0;
 }
 
+static inline void cow_pte_mm_init(struct mm_struct *mm)
+{
+	atomic_long_set(&mm->cow_pte_borrows, 0);
+	mm->cow_pte_most = 0;
+}
+
+/* How many tables does @mm use that another mm owns, or nobody? */
+static inline unsigned long cow_pte_borrows(struct mm_struct *mm)
+{
+	return atomic_long_read(&mm->cow_pte_borrows);
+}
+
+/*
+ * How many pages and swap entries may @mm have in tables that it borrows?  To
+ * be added to its rss where one cannot look: as if all tables were full, but not
+ * more than its parent had.
+ */
+static inline unsigned long cow_pte_borrowed_pages(struct mm_struct *mm)
+{
+	return min(cow_pte_borrows(mm) * PTRS_PER_PTE, mm->cow_pte_most);
+}
+
 /* In mm/ptshare. */
 bool cow_pte_wanted(struct mm_struct *mm, u64 clone_flags);
 unsigned long cow_pte_share(struct mm_struct *dst_mm, struct mm_struct *src_mm,
@@ -88,9 +113,13 @@ static inline void cow_pte_fork_begin(struct mm_struct *mm,
 		set_bit(MMF_ODF_FORK, &mm->flags);
 }
 
-static inline void cow_pte_fork_end(struct mm_struct *mm)
+static inline void cow_pte_fork_end(struct mm_struct *mm,
+				    struct mm_struct *oldmm)
 {
 	clear_bit(MMF_ODF_FORK, &mm->flags);
+	mm->cow_pte_most = get_mm_rss(oldmm) +
+			   get_mm_counter(oldmm, MM_SWAPENTS) +
+			   cow_pte_borrowed_pages(oldmm);
 }
 
 /*
@@ -154,12 +183,27 @@ static inline int cow_pte_others(const pte_t *ptep)
 	return 0;
 }
 
+static inline void cow_pte_mm_init(struct mm_struct *mm)
+{
+}
+
+static inline unsigned long cow_pte_borrows(struct mm_struct *mm)
+{
+	return 0;
+}
+
+static inline unsigned long cow_pte_borrowed_pages(struct mm_struct *mm)
+{
+	return 0;
+}
+
 static inline void cow_pte_fork_begin(struct mm_struct *mm,
 				      struct mm_struct *oldmm, u64 clone_flags)
 {
 }
 
-static inline void cow_pte_fork_end(struct mm_struct *mm)
+static inline void cow_pte_fork_end(struct mm_struct *mm,
+				    struct mm_struct *oldmm)
 {
 }
 
@@ -207,6 +251,24 @@ static inline int cow_pte_unshare_cut(struct vm_area_struct *vma,
 }
 
 #endif /* CONFIG_COW_PTE */
+
+/*
+ * Between these the task changes PTEs for all who share a table, and flushes
+ * them: cow_pte_check() accepts it.
+ */
+static inline void cow_pte_for_all_begin(void)
+{
+#ifdef CONFIG_DEBUG_COW_PTE
+	current->cow_pte_for_all++;
+#endif
+}
+
+static inline void cow_pte_for_all_end(void)
+{
+#ifdef CONFIG_DEBUG_COW_PTE
+	current->cow_pte_for_all--;
+#endif
+}
 
 /* Make the table that @pmd points at the mm's own, if it is not. */
 static inline int cow_pte_unshare_pmd(struct vm_area_struct *vma, pmd_t *pmd,

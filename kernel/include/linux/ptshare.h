@@ -198,7 +198,8 @@ static inline bool ptshare_folio_shared(struct folio *folio)
 {
 	long i;
 
-	if (!ptshare_enabled())
+	if (!ptshare_enabled() || folio_test_anon(folio) ||
+	    folio_test_hugetlb(folio))
 		return false;
 	for (i = 0; i < folio_nr_pages(folio); i++)
 		if (ptshare_extra_mappers(folio_page(folio, i)) > 0)
@@ -257,6 +258,8 @@ static inline void ptshare_leave_before_change(struct vm_area_struct *vma,
 					       unsigned long start,
 					       unsigned long end)
 {
+	if (!IS_ENABLED(CONFIG_PTSHARE))
+		return;
 	/* In this order: sharing may be switched on at any time. */
 	vma_start_write(vma);
 	if (ptshare_enabled())

@@ -48,24 +48,35 @@ pub(crate) fn link(fault: &Fault<'_>) -> bool {
     let Some(_linking) = Linking::begin(file) else {
         return false;
     };
-    if !link_one(&mut upper, file, granule, &facts) {
+    let vma = fault.vma();
+    if !link_one(&mut upper, vma, file, granule, &facts) {
         return false;
     }
     for start in facts.span.window(granule.start) {
         if let Some(neighbour) = facts.span.granule(start) {
-            link_one(&mut upper, file, neighbour, &facts);
+            link_one(&mut upper, vma, file, neighbour, &facts);
         }
     }
     true
 }
 
-/// Links one granule's table, if it exists. Returns whether the entry has something in it now.
-fn link_one(upper: &mut Upper<'_>, file: File, granule: Granule, facts: &Facts) -> bool {
+/// Links one granule's table, if it exists, unless a huge page can be mapped instead. Returns whether
+/// the entry has something in it now.
+fn link_one(
+    upper: &mut Upper<'_>,
+    vma: Vma<'_>,
+    file: File,
+    granule: Granule,
+    facts: &Facts,
+) -> bool {
     let Some(mut entry) = upper.entry(granule.start) else {
         return false;
     };
     if !matches!(entry.slot(), Slot::Empty) {
         return true;
+    }
+    if vma.is_huge(granule.start) {
+        return false;
     }
     let found =
         Chain::lock(file, granule.index).and_then(|chain| chain.find(file, facts.key(granule)));

@@ -98,7 +98,7 @@ pub(crate) fn share(upper: &mut Upper<'_>, child: Mm, blank: &mut Blank, start: 
 
 /// Makes the table that `vma` uses at `start` its mm's own, if a fork left it shared.
 ///
-/// Sleeps. Fails with `ENOMEM`, and with `EBUSY` where to try again helps.
+/// Sleeps. Fails with `ENOMEM`.
 pub(crate) fn unshare(vma: Vma<'_>, mm: Mm, start: u64) -> Result {
     let mut fresh: Option<Private> = None;
     loop {
@@ -115,7 +115,7 @@ pub(crate) fn unshare(vma: Vma<'_>, mm: Mm, start: u64) -> Result {
             };
             let locked = table.lock();
             if count::leave(&table) == Leave::Last {
-                take_back(&mut entry, &locked, mm, Purpose::Use);
+                take_back(&mut entry, &locked, mm);
                 return Ok(());
             }
             if let Some(own) = fresh.take() {
@@ -177,7 +177,7 @@ pub(crate) fn leave(upper: &mut Upper<'_>, start: u64) -> bool {
     let locked = table.lock();
     match count::leave(&table) {
         Leave::Last => {
-            take_back(&mut entry, &locked, mm, Purpose::Unmap);
+            take_back(&mut entry, &locked, mm);
             false
         }
         Leave::Others => {
@@ -194,17 +194,8 @@ pub(crate) fn leave(upper: &mut Upper<'_>, start: u64) -> bool {
     }
 }
 
-/// What an mm takes a table back for.
-#[derive(PartialEq, Eq)]
-enum Purpose {
-    /// To write to its pages.
-    Use,
-    /// To drop them.
-    Unmap,
-}
-
 /// The mm has brought the count to 0: makes the table an ordinary one of its own.
-fn take_back(entry: &mut Entry<'_, '_>, locked: &Locked<'_>, mm: Mm, purpose: Purpose) {
+fn take_back(entry: &mut Entry<'_, '_>, locked: &Locked<'_>, mm: Mm) {
     // What was cleared on behalf of others, and what others have just left.
     flush::pending();
     if !locked.is_owned_by(mm) {
@@ -212,7 +203,8 @@ fn take_back(entry: &mut Entry<'_, '_>, locked: &Locked<'_>, mm: Mm, purpose: Pu
         mm.borrows(-1);
     }
     locked.set_unowned();
-    if purpose == Purpose::Use {
+    // Who unmaps it has threads, too, that may write until it is unmapped.
+    if !mm.exits() {
         locked.settle(mm, entry.start());
     }
     entry.unprotect();

@@ -112,11 +112,10 @@ fn set_mode(number: i32) {
     }
 }
 
-/// Switches the hooks on, for good.
+/// Switches the hooks on, for good. When it returns all are: no look at whether they are on already
+/// could tell that the one who switches them has done so with every one of them.
 fn activate() {
-    if !sys::enabled() {
-        sys::enable();
-    }
+    sys::enable();
 }
 
 /// Somebody asks for `MAP_SHARED_PT`, with these flags of mmap(2). To be called without the mm's
@@ -329,7 +328,7 @@ unsafe extern "C" fn ptshare_unmapped_area(
     let explicit = flags as u32 & bindings::MAP_SHARED_PT != 0;
     let asked = Mm::current().is_some_and(Mm::asked);
     // A mapping made with MAP_SHARED_PT keeps its place congruent whatever the mode is now.
-    if !(explicit || mode().applies(explicit, asked)) || (len as u64) < granule::GRANULE {
+    if !(explicit || mode().applies(explicit, asked)) || (!explicit && (len as u64) < granule::GRANULE) {
         return 0;
     }
     if !explicit && addr != 0 {
@@ -449,8 +448,7 @@ unsafe extern "C" fn cow_pte_share(
     }
 }
 
-/// Makes the table around `addr` the mm's own, if a fork left it shared. Returns 0, -ENOMEM, or
-/// -EBUSY if it helps to try again.
+/// Makes the table around `addr` the mm's own, if a fork left it shared. Returns 0 or -ENOMEM.
 ///
 /// # Safety
 ///

@@ -52,6 +52,31 @@ void rust_helper_ptshare_vma_facts(struct vm_area_struct *vma,
 	facts->explicitly = flags & VM_SHARED_PT;
 }
 
+/*
+ * Is the granule at @addr backed by a huge page that @vma could map as one, as
+ * do_set_pmd() will see under the page's lock?
+ */
+bool rust_helper_ptshare_granule_huge(struct vm_area_struct *vma,
+				      unsigned long addr)
+{
+	struct address_space *mapping = vma->vm_file->f_mapping;
+	struct folio *folio;
+	bool huge;
+
+	if (!IS_ENABLED(CONFIG_TRANSPARENT_HUGEPAGE) ||
+	    !(mapping_large_folio_support(mapping) ||
+	      filemap_nr_thps(mapping)) ||
+	    thp_disabled_by_hw() || vma_thp_disabled(vma, vma->vm_flags))
+		return false;
+	folio = filemap_get_entry(mapping, linear_page_index(vma, addr));
+	if (!folio || xa_is_value(folio))
+		return false;
+	huge = folio_test_pmd_mappable(folio) &&
+	       !folio_test_has_hwpoisoned(folio);
+	folio_put(folio);
+	return huge;
+}
+
 /* The PMD entry for an address, NULL where no table of PMD entries is. */
 pmd_t *rust_helper_ptshare_find_pmd(struct mm_struct *mm, unsigned long addr)
 {
@@ -209,7 +234,8 @@ void ptshare_arch_flush_granule(struct mm_struct *mm, unsigned long start)
 void ptshare_arch_flush_range(struct mm_struct *mm, unsigned long start,
 			      unsigned long end)
 {
-	flush_tlb_mm_range(mm, start, end, PMD_SHIFT, true);
+	/* The stride is that of the translations, not of the PMD entries. */
+	flush_tlb_mm_range(mm, start, end, PAGE_SHIFT, true);
 }
 
 void ptshare_arch_flush_all(void)
@@ -218,9 +244,9 @@ void ptshare_arch_flush_all(void)
 }
 #endif
 
-long rust_helper_atomic_long_read(const atomic_long_t *v)
+long rust_helper_atomic_long_read_acquire(const atomic_long_t *v)
 {
-	return atomic_long_read(v);
+	return atomic_long_read_acquire(v);
 }
 
 bool rust_helper_atomic_long_try_cmpxchg(atomic_long_t *v, long *old, long new)
@@ -228,9 +254,9 @@ bool rust_helper_atomic_long_try_cmpxchg(atomic_long_t *v, long *old, long new)
 	return atomic_long_try_cmpxchg(v, old, new);
 }
 
-void rust_helper_atomic_long_add(long i, atomic_long_t *v)
+long rust_helper_atomic_long_add_return_release(long i, atomic_long_t *v)
 {
-	atomic_long_add(i, v);
+	return atomic_long_add_return_release(i, v);
 }
 
 void rust_helper_count_vm_event(enum vm_event_item item)
@@ -397,6 +423,17 @@ static void cow_pte_find_at_swapoff(struct mm_struct *mm)
 	spin_unlock(&mmlist_lock);
 }
 
+void rust_helper_cow_pte_borrows_add(struct mm_struct *mm, long n)
+{
+	atomic_long_add(n, &mm->cow_pte_borrows);
+}
+
+/* Is it being torn down, or otherwise beyond the reach of all but rmap? */
+bool rust_helper_cow_pte_mm_exits(struct mm_struct *mm)
+{
+	return !atomic_read(&mm->mm_users);
+}
+
 /* A fork has made @child use @n tables that @parent uses. */
 void rust_helper_cow_pte_shared(struct mm_struct *child,
 				struct mm_struct *parent, long n)
@@ -406,7 +443,7 @@ void rust_helper_cow_pte_shared(struct mm_struct *child,
 	cow_pte_find_at_swapoff(child);
 	set_bit(MMF_ODF_BORROWS, &child->flags);
 	set_bit(MMF_ODF_LENDS, &parent->flags);
-	atomic_long_add(n, &child->ptshare_links);
+	atomic_long_add(n, &child->cow_pte_borrows);
 	count_vm_events(ODF_TABLE_SHARED, n);
 }
 

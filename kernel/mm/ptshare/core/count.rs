@@ -55,12 +55,16 @@ pub fn link<C: Counter>(count: &C) -> bool {
     false
 }
 
-/// Adds the child of a fork to those who use a table of the parent's, whose PMD entries nobody else
-/// changes meanwhile.
-///
-/// Returns whether the table was the parent's own: parent and child are its first two sharers.
-pub fn fork<C: Counter>(count: &C) -> bool {
-    !link(count) && count.compare_exchange(0, 2) == 0
+/// Adds the child of a fork to those who use a table of the parent's, whose PMD entry nobody else
+/// changes meanwhile. Calls `first` before, if the table is the parent's own until now.
+pub fn fork<C: Counter>(count: &C, first: impl FnOnce()) {
+    if count.load() == 0 {
+        first();
+        count.compare_exchange(0, 2);
+    } else {
+        // It does not fall to 0, for the parent uses it.
+        link(count);
+    }
 }
 
 /// Begins to leave. The caller is a sharer and holds the table's PTE lock.

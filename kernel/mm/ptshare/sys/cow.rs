@@ -3,7 +3,7 @@
 //! Tables that a fork left shared: whose counters have their pages, and how they are copied.
 
 use super::entry::Entry;
-use super::table::{owner_field, Link, Locked, Table};
+use super::table::{next_field, owner_field, Link, Locked, Table};
 use super::vma::{Mm, Vma};
 use crate::core_logic::count;
 use core::mem::{ManuallyDrop, MaybeUninit};
@@ -41,13 +41,19 @@ impl Mm {
     /// Uses `count` tables more, or fewer, that it does not own.
     pub(crate) fn borrows(self, count: isize) {
         // SAFETY: the mm is alive.
-        unsafe { bindings::ptshare_mm_links_add(self.as_ptr(), count) };
+        unsafe { bindings::cow_pte_borrows_add(self.as_ptr(), count) };
     }
 
     /// A fork has made `child` use `count` tables that this mm uses.
     pub(crate) fn shared_with(self, child: Mm, count: usize) {
         // SAFETY: both are alive.
         unsafe { bindings::cow_pte_shared(child.as_ptr(), self.as_ptr(), count as isize) };
+    }
+
+    /// Is it at its end, with no thread left and nobody who looks into it?
+    pub(crate) fn exits(self) -> bool {
+        // SAFETY: the mm is alive.
+        unsafe { bindings::cow_pte_mm_exits(self.as_ptr()) }
     }
 
     /// A flag of the mm, one of `MMF_ODF` and `MMF_ODF_CHOSEN`.
@@ -67,12 +73,15 @@ impl Table<'_> {
     /// Adds the child of a fork of `parent`, whose entry points at the table and is locked, to
     /// those who use it. The unit of the count is for the child's entry.
     pub(crate) fn fork(self, parent: Mm) {
-        if !self.is_shared() {
-            // Before the count: who sees that the table is shared looks here.
-            // SAFETY: the table is alive, and the field is not in use while the table is not shared.
-            unsafe { *owner_field(self.as_ptr()) = parent.as_ptr() };
-        }
-        count::fork(&self);
+        count::fork(&self, || {
+            // Before the count: who sees that the table is shared looks here. That it is in no chain,
+            // but points at itself, tells it from other tables that count their users.
+            // SAFETY: the table is alive, and the fields are not in use while the table is not shared.
+            unsafe {
+                *owner_field(self.as_ptr()) = parent.as_ptr();
+                *next_field(self.as_ptr()) = self.as_ptr();
+            }
+        });
     }
 }
 
@@ -133,7 +142,7 @@ impl Locked<'_> {
             0 => Ok(rss),
             // SAFETY: zeroed, or written by the function.
             _ if error == EIO.to_errno() => Err(Need::SwapCount(unsafe { full.assume_init() })),
-            _ => Err(Need::Patience),
+            _ => Err(Need::Time),
         }
     }
 }
@@ -142,8 +151,8 @@ impl Locked<'_> {
 pub(crate) enum Need {
     /// Room for the count of a swap entry.
     SwapCount(bindings::swp_entry_t),
-    /// A device to be done with a page.
-    Patience,
+    /// Somebody to unlock a page that a device was using.
+    Time,
 }
 
 impl Need {
@@ -159,7 +168,11 @@ impl Need {
                 }
                 Ok(())
             }
-            Need::Patience => Err(EBUSY),
+            Need::Time => {
+                // SAFETY: no requirements but the context, as above.
+                unsafe { bindings::schedule_timeout_uninterruptible(1) };
+                Ok(())
+            }
         }
     }
 }

@@ -103,11 +103,9 @@ impl<'u> Entry<'u, '_> {
     pub(crate) fn slot(&self) -> Slot<'u> {
         // SAFETY: the entry is alive and locked, by the invariant of `Upper`.
         unsafe {
-            if bindings::ptshare_pmd_none(self.pmd.as_ptr()) {
-                return Slot::Empty;
-            }
             match NonNull::new(bindings::ptshare_pmd_table(self.pmd.as_ptr())) {
                 Some(ptdesc) => Slot::Table(Table::from_raw(ptdesc)),
+                None if bindings::ptshare_pmd_none(self.pmd.as_ptr()) => Slot::Empty,
                 None => Slot::Huge,
             }
         }

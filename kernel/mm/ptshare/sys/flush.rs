@@ -40,17 +40,18 @@ static ptshare_leaving: Shared<bindings::atomic_long_t> =
 pub(crate) fn leave_begins() {
     // SAFETY: a static of the type that the helper wants. The atomic operation on the share count
     // that follows orders it before the count that others see.
-    unsafe { bindings::atomic_long_add(1, ptshare_leaving.get()) }
+    unsafe { bindings::atomic_long_add_return_release(1, ptshare_leaving.get()) };
 }
 
 /// Flushes what `count` entries of the mm in `start..end` pointed at, which [`leave_begins`] has
 /// announced.
 #[cfg(CONFIG_COW_PTE)]
 pub(crate) fn leave_ends(mm: super::vma::Mm, start: u64, end: u64, count: u64) {
-    // SAFETY: the mm is alive; interrupts are enabled where page tables are unmapped.
+    // SAFETY: the mm is alive; interrupts are enabled where page tables are unmapped. Who sees the
+    // new number, which is read with acquire, comes after the flush.
     unsafe {
         bindings::ptshare_arch_flush_range(mm.as_ptr(), start as usize, end as usize);
-        bindings::atomic_long_add(-(count as isize), ptshare_leaving.get());
+        bindings::atomic_long_add_return_release(-(count as isize), ptshare_leaving.get());
     }
 }
 
@@ -61,8 +62,8 @@ pub(crate) fn all() {
     // SAFETY: both are statics of the type that the helpers want.
     let (wanted, mut done) = unsafe {
         (
-            bindings::atomic_long_read(ptshare_flush_wanted.get()),
-            bindings::atomic_long_read(ptshare_flush_done.get()),
+            bindings::atomic_long_read_acquire(ptshare_flush_wanted.get()),
+            bindings::atomic_long_read_acquire(ptshare_flush_done.get()),
         )
     };
     // SAFETY: interrupts are enabled, by this function's contract; it waits for other CPUs'
@@ -85,9 +86,9 @@ pub(crate) fn all() {
 pub(crate) fn pending() {
     // SAFETY: all are statics of the type that the helper wants.
     let outstanding = unsafe {
-        bindings::atomic_long_read(ptshare_flush_wanted.get())
-            != bindings::atomic_long_read(ptshare_flush_done.get())
-            || bindings::atomic_long_read(ptshare_leaving.get()) != 0
+        bindings::atomic_long_read_acquire(ptshare_flush_wanted.get())
+            != bindings::atomic_long_read_acquire(ptshare_flush_done.get())
+            || bindings::atomic_long_read_acquire(ptshare_leaving.get()) != 0
     };
     if outstanding {
         all();

@@ -155,9 +155,15 @@ impl<'a> Vma<'a> {
     }
 
     /// For calls that look into it.
-    #[cfg(CONFIG_COW_PTE)]
     pub(super) fn as_ptr(self) -> *mut bindings::vm_area_struct {
         self.0.as_ptr()
+    }
+
+    /// Is a huge page there, around `start` in the file, that the mapping could map as one? A guess.
+    pub(crate) fn is_huge(self, start: u64) -> bool {
+        // SAFETY: the VMA is stable, by the invariant, and has `start` and, as the caller has looked,
+        // a file whose pages are in the page cache.
+        unsafe { bindings::ptshare_granule_huge(self.as_ptr(), start as usize) }
     }
 
     pub(crate) fn facts(self) -> Facts {
