@@ -18,6 +18,7 @@ group!("odf";
     wipeonfork_of_shared_memory,
     dontneed_takes_its_page_only,
     dontneed_of_whole_granules,
+    dropped_granules_leave_the_tlb,
     free_is_ones_own,
     cold_and_pageout,
     remove_is_refused,
@@ -164,6 +165,42 @@ fn dontneed_of_whole_granules(ctx: &Ctx) -> Res {
         verify_all(&[&k, &child])?;
     }
     Ok(())
+}
+
+/// In a peer: loads some pages at either end of a range, drops all of it, and loads them again, with
+/// nothing in between that would flush a TLB. Arguments: address, pages, whether to map anew rather
+/// than to drop. Answers how many are not zero then.
+const DROP_AND_LOAD: Remote = |a, _| {
+    let load = || {
+        let ends = (0..40).chain(a[1] - 40..a[1]);
+        ends.filter(|n| sys::load64(a[0] + n * PAGE) != Ok(0))
+            .count() as i64
+    };
+    load();
+    let (len, flags) = (a[1] * PAGE, sys::PRIVATE | sys::ANON | sys::FIXED);
+    let dropped = match a[2] {
+        0 => sys::syscall(libc::SYS_madvise, &[a[0], len, libc::MADV_DONTNEED as u64]),
+        _ => sys::mmap(a[0], len, sys::RW, flags, -1, 0),
+    };
+    match dropped {
+        Ok(_) => (load(), vec![]),
+        Err(e) => (-1, e.to_string().into_bytes()),
+    }
+};
+
+/// Who drops granules that are shared has no translation of them left, however few they are.
+fn dropped_granules_leave_the_tlb(ctx: &Ctx) -> Res {
+    let k = Kin::new(ctx, 33)?;
+    for granules in [1, 2, 8, 32, 33] {
+        for anew in [0, 1] {
+            let child = k.child(ctx, 33)?;
+            let a = [child.at(0), pages(granules), anew];
+            let (left, why) = child.peer.call(DROP_AND_LOAD, &a, &[])?;
+            let why = String::from_utf8_lossy(&why).into_owned();
+            ensure_eq!(left, 0, "old pages after {granules} were dropped {why}");
+        }
+    }
+    k.verify()
 }
 
 /// In a peer: each of these pages is all zeros or as expected. Arguments: address, first page, seed;
