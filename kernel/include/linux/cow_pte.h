@@ -30,6 +30,13 @@
 #include <linux/sched/coredump.h>
 #include <linux/userfaultfd_k.h>
 
+/* Tables that an mm has left, and that its TLBs may still know. */
+struct cow_pte_left {
+	unsigned long start;	/* what they mapped, at least */
+	unsigned long end;
+	unsigned long tables;
+};
+
 #ifdef CONFIG_COW_PTE
 
 /* Does the entry point at a table that fork left shared? */
@@ -91,9 +98,9 @@ unsigned long cow_pte_share(struct mm_struct *dst_mm, struct mm_struct *src_mm,
 int cow_pte_unshare(struct vm_area_struct *vma, unsigned long addr);
 int __cow_pte_unshare_range(struct vm_area_struct *vma, unsigned long start,
 			    unsigned long end);
-bool cow_pte_leave(struct mm_struct *mm, pmd_t *pmd, unsigned long addr);
-void cow_pte_flush_left(struct mm_struct *mm, unsigned long start,
-			unsigned long end, unsigned long n);
+void cow_pte_leave(struct mm_struct *mm, pmd_t *pmd, unsigned long addr,
+		   struct cow_pte_left *left);
+void __cow_pte_flush_left(struct mm_struct *mm, struct cow_pte_left *left);
 int cow_pte_get_use(struct mm_struct *mm);
 void cow_pte_set_use(struct mm_struct *mm, int use);
 
@@ -116,10 +123,52 @@ static inline void cow_pte_fork_begin(struct mm_struct *mm,
 static inline void cow_pte_fork_end(struct mm_struct *mm,
 				    struct mm_struct *oldmm)
 {
+	unsigned long had, has;
+
 	clear_bit(MMF_ODF_FORK, &mm->flags);
-	mm->cow_pte_most = get_mm_rss(oldmm) +
-			   get_mm_counter(oldmm, MM_SWAPENTS) +
-			   cow_pte_borrowed_pages(oldmm);
+	had = get_mm_rss(oldmm) + get_mm_counter(oldmm, MM_SWAPENTS) +
+	      cow_pte_borrowed_pages(oldmm);
+	has = get_mm_rss(mm) + get_mm_counter(mm, MM_SWAPENTS);
+	mm->cow_pte_most = had > has ? had - has : 0;
+}
+
+/* The rss of a new child, at most. */
+static inline unsigned long cow_pte_fork_rss(struct mm_struct *mm,
+					     struct mm_struct *oldmm)
+{
+	return min(get_mm_rss(mm) + cow_pte_borrowed_pages(mm),
+		   get_mm_rss(oldmm) + cow_pte_borrowed_pages(oldmm));
+}
+
+/* Flush what cow_pte_leave() has left behind. */
+static inline void cow_pte_flush_left(struct mm_struct *mm,
+				      struct cow_pte_left *left)
+{
+	if (left->tables)
+		__cow_pte_flush_left(mm, left);
+}
+
+/*
+ * Does the entry point at a table that others use, too?  One that nobody else
+ * uses any more is taken back first, which needs no memory.  The caller holds the
+ * mmap lock.
+ */
+static inline bool cow_pte_shared(struct vm_area_struct *vma, pmd_t *pmd,
+				  unsigned long addr)
+{
+	pmd_t pmdval;
+	bool alone;
+
+	if (!ptshare_enabled())
+		return false;
+	rcu_read_lock();
+	pmdval = pmdp_get_lockless(pmd);
+	alone = cow_pte_protected(pmdval) &&
+		ptdesc_pte_share_count(page_ptdesc(pmd_page(pmdval))) == 1;
+	rcu_read_unlock();
+	if (alone)
+		cow_pte_unshare(vma, addr);
+	return cow_pte_pmd(pmd);
 }
 
 /*
@@ -227,15 +276,26 @@ static inline int cow_pte_unshare(struct vm_area_struct *vma,
 	return 0;
 }
 
-static inline bool cow_pte_leave(struct mm_struct *mm, pmd_t *pmd,
-				 unsigned long addr)
+static inline void cow_pte_leave(struct mm_struct *mm, pmd_t *pmd,
+				 unsigned long addr, struct cow_pte_left *left)
 {
-	return false;
 }
 
-static inline void cow_pte_flush_left(struct mm_struct *mm, unsigned long start,
-				      unsigned long end, unsigned long n)
+static inline void cow_pte_flush_left(struct mm_struct *mm,
+				      struct cow_pte_left *left)
 {
+}
+
+static inline unsigned long cow_pte_fork_rss(struct mm_struct *mm,
+					     struct mm_struct *oldmm)
+{
+	return get_mm_rss(mm);
+}
+
+static inline bool cow_pte_shared(struct vm_area_struct *vma, pmd_t *pmd,
+				  unsigned long addr)
+{
+	return false;
 }
 
 static inline int cow_pte_unshare_range(struct vm_area_struct *vma,

@@ -479,41 +479,46 @@ unsafe extern "C" fn __cow_pte_unshare_range(
         .map_or_else(|error| error.to_errno(), |()| 0)
 }
 
-/// Unmaps the table that an entry points at, if a fork left it shared. Returns whether the entry was
-/// cleared: then [`cow_pte_flush_left`] must follow.
+/// Unmaps the table that an entry points at, if a fork left it shared. Adds it to what was left if
+/// the entry was cleared: then [`__cow_pte_flush_left`] must follow.
 ///
 /// # Safety
 ///
-/// As for [`ptshare_leave_entry`].
+/// As for [`ptshare_leave_entry`]; nobody else uses `left`.
 #[cfg(CONFIG_COW_PTE)]
 #[no_mangle]
 unsafe extern "C" fn cow_pte_leave(
     mm: *mut bindings::mm_struct,
     pmd: *mut bindings::pmd_t,
     addr: c_ulong,
-) -> bool {
-    // SAFETY: as the caller promises; neither is null.
-    let mut upper = unsafe {
-        sys::entry::Upper::lock(Mm::from_raw(mm), NonNull::new_unchecked(pmd), addr as u64)
+    left: *mut bindings::cow_pte_left,
+) {
+    let start = granule::down(addr as u64);
+    // SAFETY: as the caller promises; none is null.
+    let (mut upper, left) = unsafe {
+        (
+            sys::entry::Upper::lock(Mm::from_raw(mm), NonNull::new_unchecked(pmd), addr as u64),
+            &mut *left,
+        )
     };
-    fork::leave(&mut upper, granule::down(addr as u64))
+    if fork::leave(&mut upper, start) {
+        sys::flush::remember(left, start);
+    }
 }
 
-/// Flushes what `n` entries pointed at that were cleared in a range.
+/// Flushes what an mm has left, and forgets it.
 ///
 /// # Safety
 ///
-/// `mm` is alive, and `n` is how often [`cow_pte_leave`] has returned true for it in that range.
+/// `mm` is alive; it is what [`cow_pte_leave`] has filled `left` for. Nobody else uses `left`.
 #[cfg(CONFIG_COW_PTE)]
 #[no_mangle]
-unsafe extern "C" fn cow_pte_flush_left(
+unsafe extern "C" fn __cow_pte_flush_left(
     mm: *mut bindings::mm_struct,
-    start: c_ulong,
-    end: c_ulong,
-    n: c_ulong,
+    left: *mut bindings::cow_pte_left,
 ) {
-    // SAFETY: as the caller promises.
-    sys::flush::leave_ends(unsafe { Mm::from_raw(mm) }, start as u64, end as u64, n as u64);
+    // SAFETY: as the caller promises; `left` is not null.
+    unsafe { sys::flush::leave_ends(Mm::from_raw(mm), core::mem::take(&mut *left)) };
 }
 
 /// What /proc/PID/use_odf says: 0 or 1.

@@ -59,12 +59,12 @@ void rust_helper_ptshare_vma_facts(struct vm_area_struct *vma,
 bool rust_helper_ptshare_granule_huge(struct vm_area_struct *vma,
 				      unsigned long addr)
 {
+#ifdef CONFIG_TRANSPARENT_HUGEPAGE
 	struct address_space *mapping = vma->vm_file->f_mapping;
 	struct folio *folio;
 	bool huge;
 
-	if (!IS_ENABLED(CONFIG_TRANSPARENT_HUGEPAGE) ||
-	    !(mapping_large_folio_support(mapping) ||
+	if (!(mapping_large_folio_support(mapping) ||
 	      filemap_nr_thps(mapping)) ||
 	    thp_disabled_by_hw() || vma_thp_disabled(vma, vma->vm_flags))
 		return false;
@@ -75,6 +75,9 @@ bool rust_helper_ptshare_granule_huge(struct vm_area_struct *vma,
 	       !folio_test_has_hwpoisoned(folio);
 	folio_put(folio);
 	return huge;
+#else
+	return false;
+#endif
 }
 
 /* The PMD entry for an address, NULL where no table of PMD entries is. */

@@ -11,6 +11,8 @@
 //! that is seen to be empty may still be in a TLB.
 
 use super::Shared;
+#[cfg(CONFIG_COW_PTE)]
+use crate::core_logic::granule::GRANULE;
 use kernel::bindings;
 
 /// PTEs of shared tables that were cleared with the flush put off.
@@ -43,15 +45,26 @@ pub(crate) fn leave_begins() {
     unsafe { bindings::atomic_long_add_return_release(1, ptshare_leaving.get()) };
 }
 
-/// Flushes what `count` entries of the mm in `start..end` pointed at, which [`leave_begins`] has
-/// announced.
+/// Adds the granule at `start` to those that an mm has left.
 #[cfg(CONFIG_COW_PTE)]
-pub(crate) fn leave_ends(mm: super::vma::Mm, start: u64, end: u64, count: u64) {
+pub(crate) fn remember(left: &mut bindings::cow_pte_left, start: u64) {
+    let (start, end) = (start as usize, (start + GRANULE) as usize);
+    if left.tables == 0 {
+        (left.start, left.end) = (start, end);
+    }
+    left.start = left.start.min(start);
+    left.end = left.end.max(end);
+    left.tables += 1;
+}
+
+/// Flushes what an mm has left, which [`leave_begins`] has announced.
+#[cfg(CONFIG_COW_PTE)]
+pub(crate) fn leave_ends(mm: super::vma::Mm, left: bindings::cow_pte_left) {
     // SAFETY: the mm is alive; interrupts are enabled where page tables are unmapped. Who sees the
     // new number, which is read with acquire, comes after the flush.
     unsafe {
-        bindings::ptshare_arch_flush_range(mm.as_ptr(), start as usize, end as usize);
-        bindings::atomic_long_add_return_release(-(count as isize), ptshare_leaving.get());
+        bindings::ptshare_arch_flush_range(mm.as_ptr(), left.start, left.end);
+        bindings::atomic_long_add_return_release(-(left.tables as isize), ptshare_leaving.get());
     }
 }
 
