@@ -3,6 +3,7 @@
 
 use crate::paths;
 use anyhow::{bail, Context, Result};
+use nix::unistd::geteuid;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -82,6 +83,35 @@ pub fn output(command: &mut Command) -> Result<String> {
         );
     }
     Ok(String::from_utf8_lossy(&out.stdout).into_owned())
+}
+
+/// Installs a package of the distribution, saying why.
+pub fn install(package: &str, why: &str) -> Result<()> {
+    eprintln!("x: installing {package}: {why}");
+    as_root(&format!(
+        "{{ apt-get update -q || true; }} && DEBIAN_FRONTEND=noninteractive \
+         apt-get install -q -y --no-install-recommends {package}"
+    ))
+    .with_context(|| format!("installing {package}"))
+}
+
+/// Runs a shell script as root.
+pub fn as_root(script: &str) -> Result<()> {
+    let mut shell = if geteuid().is_root() {
+        Command::new("sh")
+    } else {
+        let mut sudo = Command::new("sudo");
+        sudo.arg("sh");
+        sudo
+    };
+    let status = shell
+        .args(["-c", script])
+        .stdout(std::io::stderr())
+        .status()?;
+    if !status.success() {
+        bail!("a script for root: {status}");
+    }
+    Ok(())
 }
 
 fn find_rustc() -> Result<PathBuf> {

@@ -135,18 +135,7 @@ fn server_programs() -> Result<PathBuf> {
                  { apt-get update -q || true; } && DEBIAN_FRONTEND=noninteractive \
                  apt-get install -q -y --no-install-recommends postgresql postgresql-contrib; status=$?; \
                  rm -f /etc/postgresql-common/createcluster.d/ptshare.conf; exit $status";
-    let mut install = if geteuid().is_root() {
-        Command::new("sh")
-    } else {
-        let mut sudo = Command::new("sudo");
-        sudo.arg("sh");
-        sudo
-    };
-    let status = install
-        .args(["-c", quiet])
-        .stdout(std::io::stderr())
-        .status()?;
-    ensure!(status.success(), "installing postgresql failed: {status}");
+    tools::as_root(quiet).context("installing postgresql")?;
     newest_server().context("the package postgresql brought no server")
 }
 
