@@ -75,7 +75,7 @@ pub fn run(args: Vec<String>) -> Result<()> {
     let mut comparison = Comparison::new(runs, &database.checksum);
     comparison.write(&out)?;
     if !args.no_bench {
-        let share = bench::share(&flavors, &[])?;
+        let share = bench::SHARE.measure(&flavors, &[])?;
         share.write(&out)?;
         comparison.add_bench(&share);
         comparison.write(&out)?;

@@ -13,11 +13,18 @@ impl Samples {
         self.0.push(value);
     }
 
+    /// What stands for the samples.
+    pub fn median(&self) -> f64 {
+        let mut sorted = self.0.clone();
+        sorted.sort_by(f64::total_cmp);
+        at(&sorted, 0.5)
+    }
+
     /// Prints the figure as one JSON object on one line: the median stands for it, the spread is the
     /// distance of the quartiles as a part of the median.
     pub fn emit(mut self, figure: &str, unit: &str) {
         self.0.sort_by(f64::total_cmp);
-        let at = |part: f64| self.0[((self.0.len() - 1) as f64 * part).round() as usize];
+        let at = |part| at(&self.0, part);
         let median = at(0.5);
         let spread = if median == 0.0 {
             0.0
@@ -32,6 +39,11 @@ impl Samples {
             })
         );
     }
+}
+
+/// The sample below which that part of the sorted ones lies.
+fn at(sorted: &[f64], part: f64) -> f64 {
+    sorted[((sorted.len() - 1) as f64 * part).round() as usize]
 }
 
 /// Prints a figure that was taken once.

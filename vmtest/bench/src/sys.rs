@@ -63,6 +63,19 @@ pub fn ask_for_sharing() -> io::Result<()> {
     Ok(())
 }
 
+/// Asks that forks of this process and of its children share page tables.
+pub fn ask_for_odf() -> io::Result<()> {
+    const SWITCH: &str = "/proc/self/use_odf";
+    std::fs::write(SWITCH, "1")?;
+    let got = std::fs::read_to_string(SWITCH)?;
+    if got != "1\n" {
+        return Err(io::Error::other(format!(
+            "{SWITCH} reads {got:?} after it was set"
+        )));
+    }
+    Ok(())
+}
+
 /// Turns address randomisation off for the programs executed from now on; true when it was on.
 pub fn fix_addresses() -> io::Result<bool> {
     // SAFETY: no pointer is passed.
@@ -81,6 +94,29 @@ pub fn run_undisturbed() -> io::Result<()> {
     let param = libc::sched_param { sched_priority: 1 };
     // SAFETY: `param` outlives the call.
     check(unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &param) }.into())?;
+    Ok(())
+}
+
+/// Makes this process and its children such as do not interrupt another one when they wake up.
+pub fn run_in_batch() -> io::Result<()> {
+    let param = libc::sched_param { sched_priority: 0 };
+    // SAFETY: `param` outlives the call.
+    check(unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &param) }.into())?;
+    Ok(())
+}
+
+/// Runs a process that computes whenever nobody else wants to, until the machine stops. Under the instruction
+/// clock, time in which the CPU has nothing to do is skipped: with this, what waits for the host does not find
+/// its timeouts expired.
+pub fn never_idle() -> io::Result<()> {
+    let Child(_) = fork(|| {
+        let param = libc::sched_param { sched_priority: 0 };
+        // SAFETY: `param` outlives the call.
+        check(unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &param) }.into())?;
+        loop {
+            spin(1_000_000);
+        }
+    })?;
     Ok(())
 }
 
@@ -191,6 +227,52 @@ impl Map {
             unsafe { core::ptr::write_volatile(at as *mut u8, 1) };
             at += step;
         }
+    }
+
+    /// Writes one byte, `offset` bytes from the start.
+    #[inline(always)]
+    pub fn write_at(&self, offset: usize) {
+        assert!(offset < self.len);
+        // SAFETY: the address is inside the mapping, which is writable and lives as long as `self`.
+        unsafe { core::ptr::write_volatile((self.addr + offset) as *mut u8, 1) };
+    }
+
+    /// The word `offset` bytes from the start.
+    pub fn word_at(&self, offset: usize) -> u64 {
+        assert!(offset & 7 == 0 && offset < self.len);
+        // SAFETY: the address is aligned and inside the mapping, which is whole pages.
+        unsafe { core::ptr::read_volatile((self.addr + offset) as *const u64) }
+    }
+
+    /// Stores the word `offset` bytes from the start.
+    #[inline(always)]
+    pub fn set_word_at(&self, offset: usize, value: u64) {
+        assert!(offset & 7 == 0 && offset < self.len);
+        // SAFETY: the address is aligned and inside the mapping, which is whole pages and writable.
+        unsafe { core::ptr::write_volatile((self.addr + offset) as *mut u64, value) }
+    }
+
+    /// Locks the whole mapping into memory.
+    pub fn lock(&self) -> io::Result<()> {
+        // SAFETY: the range is this mapping; locking changes nothing that a program can see.
+        check(unsafe { libc::mlock(self.addr as *const _, self.len) }.into())?;
+        Ok(())
+    }
+
+    /// Has the kernel pin a page of the mapping and let go of it, which it remembers about the process.
+    pub fn pin_for_a_moment(&self) -> io::Result<()> {
+        let mut word = 0_u64;
+        let here = libc::iovec {
+            iov_base: (&raw mut word).cast(),
+            iov_len: size_of::<u64>(),
+        };
+        let there = libc::iovec {
+            iov_base: self.addr as *mut _,
+            iov_len: size_of::<u64>(),
+        };
+        // SAFETY: `here` describes `word`, which is writable; `there` is only read, inside the mapping.
+        let copied = unsafe { libc::process_vm_readv(libc::getpid(), &here, 1, &there, 1, 0) };
+        check(copied as libc::c_long).map(drop)
     }
 
     /// The word at the start of the mapping.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Figures of two kernels next to each other, and the limits they must keep.
 
+use super::tables::{Limit, Table};
 use crate::kernel::Flavor;
 use anyhow::{bail, Context, Result};
 use serde::{Deserialize, Serialize};
@@ -24,17 +25,6 @@ struct Figure {
     samples: u64,
 }
 
-/// What our kernel must reach.
-#[derive(Clone, Copy)]
-enum Limit {
-    /// The value itself
-    AtMost(f64),
-    /// The value as a part of the stock kernel's
-    RatioAtMost(f64),
-    /// Shown, not judged
-    None,
-}
-
 /// A line of the table: the figure's name, what it is, its limit.
 struct Row {
     figure: String,
@@ -42,74 +32,34 @@ struct Row {
     limit: Limit,
 }
 
-const FIXED: &[(&str, &str, Limit)] = &[
-    (
-        "table_memory",
-        "page tables per extra process, 256 MiB memfd, 200 processes",
-        Limit::AtMost(12.0),
-    ),
-    (
-        "faults",
-        "faults of a process that reads 1 GiB page by page",
-        Limit::AtMost(40.0),
-    ),
-    (
-        "attach",
-        "attach 128 MiB: mmap, one byte of each page",
-        Limit::AtMost(600_000.0),
-    ),
-    (
-        "attach_thp",
-        "  the same in transparent huge pages",
-        Limit::None,
-    ),
-    ("attach_hugetlb", "  the same in hugetlb pages", Limit::None),
-    ("detach", "munmap of the same", Limit::AtMost(100_000.0)),
-    (
-        "detach_thp",
-        "  the same in transparent huge pages",
-        Limit::None,
-    ),
-    ("detach_hugetlb", "  the same in hugetlb pages", Limit::None),
-    (
-        "reclaim",
-        "reclaim of memory that 200 processes map, to zram",
-        Limit::RatioAtMost(0.1),
-    ),
-    (
-        "reclaim_one",
-        "  the same when one process maps it",
-        Limit::None,
-    ),
-    (
-        "reclaim_dense",
-        "  the same with 200, pages that are hard to compress",
-        Limit::None,
-    ),
-];
-
-/// Figures whose names begin so are of those who do not use the feature.
-const UNUSED: &str = "unused_";
-const UNUSED_LIMIT: Limit = Limit::RatioAtMost(1.01);
-
 /// All figures of some kernels.
 pub struct Report {
+    table: &'static Table,
     flavors: Vec<Flavor>,
     figures: BTreeMap<(bool, String), Figure>,
-    /// Names of the `UNUSED` figures in the order of measurement
-    unused: Vec<String>,
+    /// Names of the figures in the order of measurement
+    order: Vec<String>,
     failures: Vec<String>,
+    /// Whether every line with a limit must have been measured
+    whole: bool,
 }
 
 impl Report {
     /// A report on these kernels, still empty.
-    pub fn new(flavors: &[Flavor]) -> Self {
+    pub fn new(table: &'static Table, flavors: &[Flavor]) -> Self {
         Self {
+            table,
             flavors: flavors.to_vec(),
             figures: BTreeMap::new(),
-            unused: Vec::new(),
+            order: Vec::new(),
             failures: Vec::new(),
+            whole: false,
         }
+    }
+
+    /// From now on a line that has a limit and no figures is a failure.
+    pub fn expect_all(&mut self) {
+        self.whole = true;
     }
 
     /// Takes in the JSON lines of a run.
@@ -118,8 +68,8 @@ impl Report {
             let figure: Figure =
                 serde_json::from_str(line).with_context(|| format!("guest-bench said {line}"))?;
             let name = figure.figure.clone();
-            if name.starts_with(UNUSED) && !self.unused.contains(&name) {
-                self.unused.push(name.clone());
+            if !self.order.contains(&name) {
+                self.order.push(name.clone());
             }
             self.figures.insert((flavor.patched(), name), figure);
         }
@@ -133,19 +83,29 @@ impl Report {
     }
 
     fn rows(&self) -> Vec<Row> {
-        let fixed = FIXED.iter().map(|&(figure, label, limit)| Row {
+        let fixed = self.table.lines.iter().map(|&(figure, label, limit)| Row {
             figure: figure.into(),
             label: label.into(),
             limit,
         });
-        let unused = self.unused.iter().map(|figure| Row {
-            figure: figure.clone(),
-            label: format!("not used: {}", figure[UNUSED.len()..].replace('_', " ")),
-            limit: UNUSED_LIMIT,
-        });
+        let families = self
+            .table
+            .families
+            .iter()
+            .flat_map(|&(begin, label, limit)| {
+                let members = self.order.iter().filter(move |f| f.starts_with(begin));
+                members.map(move |figure| Row {
+                    figure: figure.clone(),
+                    label: format!("{label}{}", figure[begin.len()..].replace('_', " ")),
+                    limit,
+                })
+            });
         fixed
-            .chain(unused)
-            .filter(|r| self.get(false, r).is_some() || self.get(true, r).is_some())
+            .chain(families)
+            .filter(|r| {
+                let expected = self.whole && !matches!(r.limit, Limit::None);
+                expected || self.get(false, r).is_some() || self.get(true, r).is_some()
+            })
             .collect()
     }
 
@@ -164,6 +124,8 @@ impl Report {
             Limit::None => None,
             Limit::AtMost(limit) => self.get(true, row).map(|f| f.value <= limit),
             Limit::RatioAtMost(limit) => self.ratio(row).map(|r| r <= limit),
+            Limit::TimesLess(limit) => self.ratio(row).map(|r| r * limit <= 1.0),
+            Limit::TimesMore(limit) => self.ratio(row).map(|r| r >= limit),
         }
     }
 
@@ -201,6 +163,8 @@ impl Report {
                 let limit = match row.limit {
                     Limit::AtMost(v) => json!({ "at_most": v }),
                     Limit::RatioAtMost(v) => json!({ "ratio_at_most": v }),
+                    Limit::TimesLess(v) => json!({ "times_less": v }),
+                    Limit::TimesMore(v) => json!({ "ratio_at_least": v }),
                     Limit::None => Value::Null,
                 };
                 json!({
@@ -216,11 +180,12 @@ impl Report {
     /// Writes the report into a directory, for programs and for people.
     pub fn write(&self, dir: &Path) -> Result<()> {
         fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
-        let json = dir.join("share.json");
+        let name = self.table.name;
+        let json = dir.join(format!("{name}.json"));
         fs::write(&json, serde_json::to_string_pretty(&self.json())? + "\n")
             .with_context(|| format!("writing {}", json.display()))?;
-        fs::write(dir.join("share.txt"), self.to_string())?;
-        eprintln!("x: bench: wrote {} and share.txt", json.display());
+        fs::write(dir.join(format!("{name}.txt")), self.to_string())?;
+        eprintln!("x: bench: wrote {} and {name}.txt", json.display());
         Ok(())
     }
 }
@@ -243,6 +208,8 @@ impl fmt::Display for Report {
             let limit = match row.limit {
                 Limit::AtMost(v) => format!("<= {}", grouped(v)),
                 Limit::RatioAtMost(v) => format!("<= {v} x stock"),
+                Limit::TimesLess(v) => format!("<= stock / {v}"),
+                Limit::TimesMore(v) => format!(">= {v} x stock"),
                 Limit::None => String::new(),
             };
             let verdict = match (self.pass(&row), row.limit) {
@@ -258,7 +225,8 @@ impl fmt::Display for Report {
                 stock.or(ours).map_or("", |x| x.unit.as_str()),
                 number(stock),
                 number(ours),
-                self.ratio(&row).map_or("-".into(), |r| format!("{r:.4}")),
+                self.ratio(&row)
+                    .map_or("-".into(), |r| in_words(r, row.limit)),
                 format!("{:.2} %", spread * 100.0),
                 limit,
             )?;
@@ -270,6 +238,14 @@ impl fmt::Display for Report {
             writeln!(f, "One kernel only: nothing is compared.")?;
         }
         Ok(())
+    }
+}
+
+/// A ratio for people: the way round in which its limit is given.
+fn in_words(ratio: f64, limit: Limit) -> String {
+    match limit {
+        Limit::TimesLess(_) => format!("1/{:.1}", 1.0 / ratio),
+        _ => format!("{ratio:.4}"),
     }
 }
 
@@ -291,6 +267,7 @@ pub fn grouped(value: f64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tables::{FORK, SHARE};
     use super::*;
 
     fn line(figure: &str, value: f64) -> String {
@@ -300,7 +277,11 @@ mod tests {
     }
 
     fn report(figure: &str, stock: f64, ours: f64) -> Report {
-        let mut report = Report::new(&[Flavor::Stock, Flavor::Release]);
+        of(&SHARE, figure, stock, ours)
+    }
+
+    fn of(table: &'static Table, figure: &str, stock: f64, ours: f64) -> Report {
+        let mut report = Report::new(table, &[Flavor::Stock, Flavor::Release]);
         report.add(Flavor::Stock, &line(figure, stock)).unwrap();
         report.add(Flavor::Release, &line(figure, ours)).unwrap();
         report
@@ -317,10 +298,60 @@ mod tests {
     }
 
     #[test]
+    fn limits_of_fork_are_judged() {
+        let verdict = |figure, stock, ours| of(&FORK, figure, stock, ours).verdict().is_ok();
+        assert!(verdict("fork_1gib", 22_000.0, 100.0));
+        assert!(!verdict("fork_1gib", 21_999.0, 100.0));
+        assert!(verdict("first_write_child", 100.0, 125.0));
+        assert!(!verdict("first_write_child", 100.0, 126.0));
+        assert!(verdict("again_growth", 0.0, 1.0));
+        assert!(!verdict("again_growth", 0.0, 1.1));
+        assert!(!verdict("again_tables", 4.0, 0.1));
+        assert!(!verdict("nothing_to_share_at_all", 1000.0, 1011.0));
+        assert!(!verdict("unused_fork", 1000.0, 1011.0));
+    }
+
+    #[test]
+    fn families_follow_in_the_order_of_measurement() {
+        let mut report = of(&FORK, "unused_b", 1.0, 1.0);
+        for name in ["unused_a", "nothing_to_share_at_all", "fork_1gib"] {
+            report.add(Flavor::Release, &line(name, 1.0)).unwrap();
+        }
+        let names: Vec<String> = report.rows().into_iter().map(|r| r.figure).collect();
+        assert_eq!(
+            names,
+            [
+                "fork_1gib",
+                "nothing_to_share_at_all",
+                "unused_b",
+                "unused_a"
+            ]
+        );
+        // What only one kernel has been measured for is not a pass.
+        assert!(report.verdict().is_err());
+    }
+
+    #[test]
+    fn ratios_are_shown_the_way_round_of_their_limit() {
+        assert_eq!(in_words(0.004, Limit::TimesLess(220.0)), "1/250.0");
+        assert_eq!(in_words(1.1, Limit::RatioAtMost(1.25)), "1.1000");
+    }
+
+    #[test]
     fn what_was_not_measured_fails() {
         let mut report = report("faults", 16385.0, 40.0);
         report.failed(Flavor::Release, "attach");
         assert!(report.verdict().is_err());
+    }
+
+    #[test]
+    fn a_line_without_figures_fails_when_all_are_expected() {
+        let mut report = of(&FORK, "fork_1gib", 1000.0, 1.0);
+        assert!(report.verdict().is_ok());
+        report.expect_all();
+        let missed = report.verdict().unwrap_err().to_string();
+        assert!(missed.contains("afl_executions"), "{missed}");
+        assert!(!missed.contains("fork_1gib"), "{missed}");
     }
 
     #[test]
