@@ -36,9 +36,10 @@ pub fn mark(page: u64) -> u64 {
     (crate::oracle::first_word(SEED, page, 1) >> 32) << 32
 }
 
-/// Has a word of a page come from elsewhere?
+/// Has a word of a page come from elsewhere? The kernel may copy byte by byte, so whoever reads while another
+/// one writes to a new page can meet a word whose last bytes are still zero.
 pub fn foreign(page: u64, word: u64) -> bool {
-    word != 0 && word >> 32 != mark(page) >> 32
+    (0..=4).all(|bytes| word >> 32 != (mark(page) >> 32) & ((1 << (8 * bytes)) - 1))
 }
 
 /// How a worker ended: 0 is well, or with foreign data,
