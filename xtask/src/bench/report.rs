@@ -304,8 +304,9 @@ mod tests {
         assert!(!verdict("fork_1gib", 21_999.0, 100.0));
         assert!(verdict("first_write_child", 100.0, 125.0));
         assert!(!verdict("first_write_child", 100.0, 126.0));
-        assert!(verdict("again_growth", 0.0, 1.0));
-        assert!(!verdict("again_growth", 0.0, 1.1));
+        assert!(verdict("again_growth", 0.0, 10.0));
+        assert!(!verdict("again_crowd_growth", 0.0, 65.0));
+        assert!(!verdict("again_growth", 0.0, 10.1));
         assert!(!verdict("again_tables", 4.0, 0.1));
         assert!(!verdict("nothing_to_share_at_all", 1000.0, 1011.0));
         assert!(!verdict("unused_fork", 1000.0, 1011.0));
