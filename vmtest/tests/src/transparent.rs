@@ -33,6 +33,7 @@ group!("transparent";
     not_locked,
     not_locked_future,
     not_pmd_folio,
+    huge_folio_stays_huge_beside_a_small_mapping,
     protections_do_not_mix,
     reader_cannot_store,
     reader_cannot_be_written_by_process_vm,
@@ -487,6 +488,72 @@ fn not_pmd_folio(ctx: &Ctx) -> Res {
         GRANULE_PAGES + 3,
     )?;
     model.verify_mapped(&peers[0], at[0], 0..pages(3))
+}
+
+/// A table of small entries for a huge page, made by one who wants no huge mappings, is not linked by who
+/// takes them: two of each kind, and only the first kind shares.
+fn huge_folio_stays_huge_beside_a_small_mapping(ctx: &Ctx) -> Res {
+    ctx.opt_in()?;
+    let _s = Setting::set(
+        "/sys/kernel/mm/transparent_hugepage/shmem_enabled",
+        "always",
+    )?;
+    let fd = sys::memfd(3 * GRANULE)?;
+    let mut model = Model::new(ctx.seed, pages(3));
+    model.fill(&fd, 0..pages(3))?;
+    let mut all = vec![];
+    for small in [true, true, false, false] {
+        let p = Peer::spawn()?;
+        let a = p.place(0, 3 * GRANULE)?;
+        p.mmap(a, 3 * GRANULE, RW, SHARED | FIXED, fd.as_raw_fd(), 0)??;
+        if small {
+            p.madvise(a, 3 * GRANULE, libc::MADV_NOHUGEPAGE)??;
+        }
+        p.touch(a, pages(3))?;
+        all.push((p, a, small));
+    }
+    let huge = |p: &Peer, a: u64| -> Res<u64> {
+        Ok(kernel::kb_in(&kernel::smaps_of(p.pid, a)?, "ShmemPmdMapped").unwrap_or(0) / 2048)
+    };
+    // Whether these pages are huge at all is seen where nobody shares.
+    let alone = Peer::spawn()?;
+    let optout: Remote = |_, _| (flat(sys::set_ptshare(false).map(|()| 0)), vec![]);
+    if ctx.sharing {
+        ensure_eq!(alone.call(optout, &[], &[])?.0, 0, "PR_SET_PTSHARE, 0");
+    }
+    let a = alone.place(0, 3 * GRANULE)?;
+    alone.mmap(a, 3 * GRANULE, RW, SHARED | FIXED, fd.as_raw_fd(), 0)??;
+    alone.touch(a, pages(3))?;
+    if huge(&alone, a)? != 3 {
+        crate::skip!("this kernel gave no huge pages for shmem");
+    }
+    all.push((alone, a, false));
+    for round in 0..2 {
+        for (p, a, small) in &all {
+            let (granules, tables) = if *small { (0, 3) } else { (3, 0) };
+            ensure_eq!(
+                huge(p, *a)?,
+                granules,
+                "huge granules where small is {small}, round {round}"
+            );
+            expect_tables(ctx, p, tables)?;
+        }
+        for (i, (p, a, _)) in all.iter().enumerate() {
+            let page = i as u64 * 300 + 7 + round;
+            model.store(p, a + page * PAGE, page)?;
+        }
+        for (p, a, _) in &all {
+            model.verify_mapped(p, *a, 0..pages(3))?;
+        }
+        // What is dropped comes back as it was.
+        for (p, a, _) in &all {
+            p.madvise(*a, 3 * GRANULE, libc::MADV_DONTNEED)??;
+        }
+        for (p, a, _) in &all {
+            p.touch(*a, pages(3))?;
+        }
+    }
+    Ok(())
 }
 
 /// Writers and readers of one file, each kind sharing with its own; the team are the writers.
