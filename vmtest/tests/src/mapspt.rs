@@ -35,6 +35,7 @@ group!("mapspt";
     mremap_congruent,
     mremap_incongruent_is_einval,
     mremap_shrink_and_grow,
+    mremap_of_some_pages_stays_congruent,
     mprotect_is_not_there_yet,
     mprotect_beyond_the_file_mode,
     smaps_shows_the_flag,
@@ -499,6 +500,48 @@ fn mremap_shrink_and_grow(ctx: &Ctx) -> Res {
     t.members[0].addr = b;
     t.coherent()?;
     t.expect_all(3)
+}
+
+/// A few pages that are moved by themselves keep their place in a granule, however few they are: once they
+/// have grown over a whole one they share it.
+fn mremap_of_some_pages_stays_congruent(ctx: &Ctx) -> Res {
+    let mut t = team(ctx, 2, 4)?;
+    let part = GRANULE_PAGES + 3;
+    let moved = |t: &Team, from: u64, old: u64, new: u64| -> Res<u64> {
+        // Something of odd size first, so that a lucky address is not enough.
+        t.peer(0).mmap(0, 5 * PAGE, RW, PRIVATE | ANON, -1, 0)??;
+        // Something in the way, so that growing must move.
+        t.peer(0)
+            .mmap(from + old * PAGE, PAGE, RW, PRIVATE | ANON | FIXED, -1, 0)??;
+        let a = [from, old * PAGE, new * PAGE, libc::MREMAP_MAYMOVE as u64];
+        let to = t.peer(0).syscall(libc::SYS_mremap, &a)??;
+        ensure!(to != from, "it did not move");
+        ensure_eq!(
+            to % GRANULE,
+            3 * PAGE,
+            "address {to:#x} of {new} pages that were at {from:#x}, modulo the granule"
+        );
+        t.model.verify_mapped(t.peer(0), to, part..part + new)?;
+        Ok(to)
+    };
+    // Page 3 of granule 1 on, 4 pages, then 8, then all that follow.
+    let mut at = t.at(0, part);
+    for (old, new) in [(4, 8), (8, 300), (300, pages(4) - part)] {
+        at = moved(&t, at, old, new)?;
+    }
+    t.peer(0).touch(at, pages(4) - part)?;
+    t.verify(0, pages(2)..pages(4))?;
+    // All but granule 1 of the old mapping, and two of the new one.
+    t.expect(0, 3 + 2)?;
+    t.expect(1, 4)?;
+    for page in [part, part + 4, pages(2), pages(3) + 9] {
+        let there = at + (page - part) * PAGE;
+        t.model.store(&t.members[0].peer, there, page)?;
+        t.verify(1, 0..pages(4))?;
+        t.store(1, page + 1)?;
+        t.model.verify_mapped(t.peer(0), at, part..pages(4))?;
+    }
+    Ok(())
 }
 
 /// Collective protection is not there yet: EOPNOTSUPP, and nothing changes anywhere.
