@@ -23,6 +23,7 @@ mod odf;
 mod ops;
 mod oracle;
 mod peer;
+mod probe;
 mod sys;
 mod team;
 mod tlb;

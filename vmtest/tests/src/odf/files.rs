@@ -5,6 +5,7 @@ use super::{diverge, verify_all, Events, Kin};
 use crate::harness::{Ctx, Res};
 use crate::machine::Ext4;
 use crate::oracle::{page_bytes, pages, Model};
+use crate::probe::{self, Probe};
 use crate::sys::{self, FIXED, GRANULE, GRANULE_PAGES, PAGE, PRIVATE, RW};
 use crate::{ensure_eq, group};
 use std::ops::Range;
@@ -20,18 +21,21 @@ group!("odf";
     private_file_untouched,
     granule_of_several_mappings,
     shared_and_private_side_by_side,
+    private_file_collapsed,
+    uprobe_after_the_fork,
+    uprobe_before_the_fork,
 );
 
-/// Gives the file its size and content.
+/// Gives the file its size and content. Page by page: this process is to have no heap that whole tables map,
+/// which its children would share as well.
 fn fill(fd: &OwnedFd, file: &mut Model, n: u64) -> Res {
     file.truncate(fd, n)?;
-    let mut bytes = vec![];
     for page in 0..n {
         let g = super::next();
         file.pages[page as usize] = g;
-        bytes.extend(page_bytes(file.seed, page, g));
+        sys::pwrite(fd, &page_bytes(file.seed, page, g), page * PAGE)?;
     }
-    Ok(sys::pwrite(fd, &bytes, 0)?)
+    Ok(())
 }
 
 /// A file and a private mapping of it in which some pages were written.
@@ -327,6 +331,160 @@ fn shared_and_private_side_by_side(ctx: &Ctx) -> Res {
     diverge(&mut [&mut p.k, &mut child])?;
     for who in [&p.k, &child] {
         p.file.verify_mapped(&who.peer, at, 0..pages(2))?;
+    }
+    Ok(())
+}
+
+// ---- uprobes ----
+
+/// The page of code in granule 1.
+const CODE_AT: u64 = GRANULE_PAGES + 8;
+
+/// A process that maps a file privately, for execution, with one page of code, of which it may have made
+/// its own copy.
+fn executable(ctx: &Ctx, own: bool) -> Res<Private> {
+    let p = Private::new(ctx, sys::memfd(0)?, 2)?;
+    sys::pwrite(&p.fd, &probe::code_page(), CODE_AT * PAGE)?;
+    let write: crate::peer::Remote = |a, code| {
+        let r = sys::copy(a[0], code.as_ptr() as u64, PAGE);
+        (i64::from(r.is_err()), vec![])
+    };
+    let code = p.k.at(CODE_AT);
+    if own {
+        let (r, _) = p.k.peer.call(write, &[code], &probe::code_page())?;
+        ensure_eq!(r, 0, "writing the code");
+    }
+    let run = (libc::PROT_READ | libc::PROT_EXEC) as u64;
+    p.k.must(libc::SYS_mprotect, &[p.k.base, 2 * GRANULE, run])?;
+    probe::holds(&p.k.peer, code, probe::CODE)?;
+    probe::runs(&p.k.peer, code)?;
+    Ok(p)
+}
+
+/// All see what they must beside the code.
+fn sees_the_rest(kin: &[&Kin]) -> Res {
+    kin.iter().try_for_each(|k| {
+        k.sees(0..CODE_AT)?;
+        k.sees(CODE_AT + 1..pages(2))
+    })
+}
+
+/// A breakpoint is put into the one whose it is, and taken out of it again.
+fn uprobe_after_the_fork(ctx: &Ctx) -> Res {
+    for (by_child, own) in [(true, false), (false, false), (true, true), (false, true)] {
+        let p = executable(ctx, own)?;
+        let at = p.k.at(CODE_AT);
+        let child = p.k.child(ctx, 2)?;
+        let (one, other) = match by_child {
+            true => (&child, &p.k),
+            false => (&p.k, &child),
+        };
+        let before = Events::now();
+        let probe = Probe::new(&p.fd, CODE_AT * PAGE, one.peer.pid)?;
+        for hits in 0..3 {
+            probe::holds(&one.peer, at, probe::BROKEN)?;
+            probe::holds(&other.peer, at, probe::CODE)?;
+            probe.hit(hits)?;
+            probe::runs(&other.peer, at)?;
+            probe.hit(hits)?;
+            probe::runs(&one.peer, at)?;
+        }
+        before.expect(ctx, 1, 0)?;
+        let mut page = vec![0; PAGE as usize];
+        sys::pread(&p.fd, &mut page, CODE_AT * PAGE)?;
+        ensure_eq!(page, probe::code_page(), "the file's code");
+        drop(probe);
+        for who in [one, other] {
+            probe::holds(&who.peer, at, probe::CODE)?;
+            probe::runs(&who.peer, at)?;
+        }
+        sees_the_rest(&[one, other])?;
+    }
+    Ok(())
+}
+
+/// A child is born with its parent's breakpoint. It is not the child's: when the child comes there it is taken
+/// out of the child, and stays in the parent, whose count has the parent's hits alone.
+fn uprobe_before_the_fork(ctx: &Ctx) -> Res {
+    for own in [false, true] {
+        let p = executable(ctx, own)?;
+        let at = p.k.at(CODE_AT);
+        let probe = Probe::new(&p.fd, CODE_AT * PAGE, p.k.peer.pid)?;
+        let child = p.k.child(ctx, 2)?;
+        let grandchild = child.child(ctx, 2)?;
+        for who in [&p.k, &child, &grandchild] {
+            probe::holds(&who.peer, at, probe::BROKEN)?;
+        }
+        probe::runs(&child.peer, at)?;
+        probe::holds(&child.peer, at, probe::CODE)?;
+        for who in [&p.k, &grandchild] {
+            probe::holds(&who.peer, at, probe::BROKEN)?;
+        }
+        probe.hit(0)?;
+        probe::runs(&p.k.peer, at)?;
+        probe.hit(1)?;
+        probe::runs(&grandchild.peer, at)?;
+        probe.hit(1)?;
+        probe::holds(&p.k.peer, at, probe::BROKEN)?;
+        drop(probe);
+        for who in [&p.k, &child, &grandchild] {
+            probe::holds(&who.peer, at, probe::CODE)?;
+            probe::runs(&who.peer, at)?;
+        }
+        sees_the_rest(&[&p.k, &child, &grandchild])?;
+    }
+    Ok(())
+}
+
+// ---- collapse ----
+
+/// MADV_COLLAPSE replaces the file's pages by a huge one, under all who map them; who asked for it maps it as
+/// such where it has no pages of its own.
+fn private_file_collapsed(ctx: &Ctx) -> Res {
+    const MADV_COLLAPSE: i32 = 25;
+    for by_child in [true, false] {
+        let mut p = Private::new(ctx, sys::memfd(0)?, 3)?;
+        // Granule 1 has pages of the file alone.
+        p.k.advise(GRANULE_PAGES..pages(2), libc::MADV_DONTNEED)?;
+        p.k.model.pages[GRANULE_PAGES as usize..pages(2) as usize]
+            .copy_from_slice(&p.file.pages[GRANULE_PAGES as usize..pages(2) as usize]);
+        p.k.verify()?;
+        let mut child = p.k.child(ctx, 3)?;
+        let one = if by_child { &child } else { &p.k };
+        for granule in 0..3 {
+            let at = one.at(pages(granule));
+            for _ in 0..40 {
+                match one.peer.madvise(at, GRANULE, MADV_COLLAPSE)? {
+                    Err(sys::Errno(libc::EAGAIN | libc::EBUSY)) => {
+                        std::thread::sleep(std::time::Duration::from_millis(20));
+                    }
+                    // Where it has pages of its own there is nothing to be had.
+                    r => {
+                        let empty = granule == 1;
+                        ensure_eq!(
+                            r.is_ok(),
+                            empty,
+                            "MADV_COLLAPSE of granule {granule}: {r:?}"
+                        );
+                        break;
+                    }
+                }
+            }
+            verify_all(&[&p.k, &child])?;
+        }
+        let huge = |k: &Kin| -> Res<u64> {
+            let text = crate::kernel::smaps_of(k.peer.pid, k.base)?;
+            Ok(crate::kernel::kb_in(&text, "ShmemPmdMapped").unwrap_or(0) / 2048)
+        };
+        let one = if by_child { &child } else { &p.k };
+        ensure_eq!(huge(one)?, 1, "huge granules of the one who asked");
+        for page in [1, GRANULE_PAGES + 2, GRANULE_PAGES + 3, pages(2) + 1] {
+            p.write_under(page, &mut [&mut child])?;
+            verify_all(&[&p.k, &child])?;
+        }
+        let mut grandchild = child.fork()?;
+        diverge(&mut [&mut p.k, &mut grandchild, &mut child])?;
+        p.file.verify_file(&p.fd)?;
     }
     Ok(())
 }
