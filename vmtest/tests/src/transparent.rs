@@ -5,6 +5,7 @@ use crate::kernel;
 use crate::machine::{Ext4, Setting};
 use crate::oracle::{diagnose, first_word, page_bytes, pages, Model};
 use crate::peer::{flat, Peer, Remote};
+use crate::probe::{self, Probe};
 use crate::sys::{self, Errno, ANON, FIXED, GRANULE, GRANULE_PAGES, PAGE, PRIVATE, RO, RW, SHARED};
 use crate::team::{expect_tables, Team};
 use crate::uring::{Ring, Transfer};
@@ -48,6 +49,7 @@ group!("transparent";
     writer_is_written_for_all_by_ptrace,
     prot_none_is_read_by_proc_mem_only,
     prot_none_shares_nothing_visible,
+    uprobe_stays_out_of_shared_tables,
 );
 
 fn sharing_works(ctx: &Ctx, fd: OwnedFd) -> Res {
@@ -1167,4 +1169,50 @@ fn prot_none_shares_nothing_visible(ctx: &Ctx) -> Res {
     t.model.store(&p, a + 3 * PAGE, 3)?;
     t.coherent()?;
     t.model.verify_mapped(&p, a, 0..pages(2))
+}
+
+/// A breakpoint in a private mapping of a file is not in its page, so not in shared tables; a process that has
+/// the file mapped shared cannot get one there.
+fn uprobe_stays_out_of_shared_tables(ctx: &Ctx) -> Res {
+    ctx.opt_in()?;
+    let fd = sys::memfd(2 * GRANULE)?;
+    let mut model = Model::new(ctx.seed, pages(2));
+    model.fill(&fd, 0..pages(2))?;
+    let page = GRANULE_PAGES + 8;
+    sys::pwrite(&fd, &probe::code_page(), page * PAGE)?;
+    let run = RO | libc::PROT_EXEC as u64;
+    let mut sharers = vec![];
+    for _ in 0..2 {
+        let p = Peer::spawn()?;
+        let a = p.map(&fd, 0, 2 * GRANULE, run)?;
+        p.touch(a, pages(2))?;
+        sharers.push((p, a));
+    }
+    let own = Peer::spawn()?;
+    let mine = own.place(0, 2 * GRANULE)?;
+    own.mmap(mine, 2 * GRANULE, run, PRIVATE | FIXED, fd.as_raw_fd(), 0)??;
+    own.touch(mine, pages(2))?;
+    let seen = |first: u64| -> Res {
+        probe::holds(&own, mine + page * PAGE, first)?;
+        probe::runs(&own, mine + page * PAGE)?;
+        model.verify_mapped(&own, mine, 0..page)?;
+        for (p, a) in &sharers {
+            probe::holds(p, a + page * PAGE, probe::CODE)?;
+            probe::runs(p, a + page * PAGE)?;
+            model.verify_mapped(p, *a, 0..page)?;
+            expect_tables(ctx, p, 2)?;
+        }
+        Ok(())
+    };
+    seen(probe::CODE)?;
+    let of_own = Probe::new(&fd, page * PAGE, own.pid)?;
+    let of_sharer = Probe::new(&fd, page * PAGE, sharers[0].0.pid)?;
+    for times in 1..3 {
+        seen(probe::BROKEN)?;
+        of_own.hit(times)?;
+        of_sharer.hit(0)?;
+    }
+    drop(of_own);
+    seen(probe::CODE)?;
+    of_sharer.hit(0)
 }
