@@ -21,6 +21,9 @@ group!("odf";
     cgroup_is_empty_in_the_end,
     counters_of_file_and_shmem_pages,
     walks_do_not_unshare,
+    oom_score_of_a_child,
+    peak_of_a_child,
+    stat_does_not_wait_for_a_fork(120),
 );
 
 fn numbers(path: &str) -> Res<Vec<u64>> {
@@ -436,4 +439,189 @@ fn walks_do_not_unshare(ctx: &Ctx) -> Res {
     }
     before.expect(ctx, 0, 0)?;
     child.borrows(ctx, 3)
+}
+
+/// The OOM killer cannot look into what a child borrows. It counts that as full, up to what the parent had:
+/// so the child of a fork has its parent's score, as it has after an ordinary one.
+fn oom_score_of_a_child(ctx: &Ctx) -> Res {
+    let score =
+        |k: &Kin| -> Res<u64> { Ok(numbers(&format!("/proc/{}/oom_score", k.peer.pid))?[0]) };
+    let bare = Kin::bare(ctx, 1)?;
+    // Full tables, and four times as many with a page each.
+    for (granules, step) in [(64, 1), (256, GRANULE_PAGES)] {
+        let mut k = Kin::untouched(ctx, granules)?;
+        let empty = score(&k)?;
+        ensure!(
+            empty.abs_diff(score(&bare)?) <= 1,
+            "the score of an empty process is {empty}"
+        );
+        k.fill_every(step, 0..pages(granules))?;
+        let child = k.child(ctx, granules)?;
+        let grandchild = child.child(ctx, granules)?;
+        let parents = score(&k)?;
+        ensure!(
+            step > 1 || parents > empty + 10,
+            "the parent's score is {parents}, an empty process has {empty}"
+        );
+        for who in [&child, &grandchild] {
+            let got = score(who)?;
+            // An ordinary child has page tables as well, which count a little.
+            ensure!(
+                got.abs_diff(parents) <= 3,
+                "{granules} tables, a page in {step}: the score of process {} is {got}, its parent's {parents}",
+                who.peer.pid
+            );
+        }
+        grandchild.peer.exit()?;
+        // Nothing is left of it when all is unmapped.
+        child.must(libc::SYS_munmap, &[child.base, granules * GRANULE])?;
+        let got = score(&child)?;
+        ensure!(
+            got.abs_diff(empty) <= 3,
+            "the child's score is {got}, with nothing mapped; an empty process has {empty}"
+        );
+        k.verify()?;
+    }
+    Ok(())
+}
+
+/// VmHWM of a child is at least what it had at the fork, through whatever tables, and no more than that much
+/// too high when the tables are far from full.
+fn peak_of_a_child(ctx: &Ctx) -> Res {
+    let read = |k: &Kin| -> [u64; 2] {
+        let path = format!("/proc/{}/status", k.peer.pid);
+        ["VmHWM", "VmRSS"].map(|n| kernel::kb_field(&path, n).unwrap_or(0) / 4)
+    };
+    for (granules, step) in [(8, 1), (64, GRANULE_PAGES / 4)] {
+        let mut k = Kin::untouched(ctx, granules)?;
+        let [_, empty] = read(&k);
+        k.fill_every(step, 0..pages(granules))?;
+        let has = pages(granules) / step;
+        let child = k.child(ctx, granules)?;
+        let grandchild = child.child(ctx, granules)?;
+        // What is borrowed is bounded at the fork, not counted: where tables are far from full it is as much as
+        // the parent had, beside what was copied.
+        let over = if step == 1 { 200 } else { 200 + 2 * empty };
+        for who in [&k, &child, &grandchild] {
+            let [peak, now] = read(who);
+            ensure!(
+                now.abs_diff(empty + has) < 200 && peak + 200 > now && peak < now + over,
+                "process {}: VmHWM {peak}, VmRSS {now} pages; it has {has} and {empty} before",
+                who.peer.pid
+            );
+        }
+        child.must(libc::SYS_munmap, &[child.base, granules * GRANULE])?;
+        let [peak, now] = read(&child);
+        // What it had at the fork, at least: what it took for itself since then does not add up with what it
+        // borrows.
+        ensure!(
+            now < empty + 200 && peak + 200 > empty + has && peak < empty + has + over,
+            "unmapped: VmHWM {peak}, VmRSS {now} pages; it had {has} and {empty} before"
+        );
+        // More than there ever was.
+        let more = 3 * has;
+        let at = child.peer.place(0, more * sys::PAGE)?;
+        let flags = sys::PRIVATE | sys::ANON | sys::FIXED;
+        child
+            .peer
+            .mmap(at, more * sys::PAGE, sys::RW, flags, -1, 0)??;
+        child
+            .peer
+            .madvise(at, more * sys::PAGE, libc::MADV_POPULATE_WRITE)??;
+        let [peak, now] = read(&child);
+        ensure!(
+            now.abs_diff(empty + more) < 200 && peak.abs_diff(now) < 200,
+            "grown: VmHWM {peak}, VmRSS {now} pages; it has {more} and {empty} before"
+        );
+        let [peak, now] = read(&k);
+        ensure!(
+            now.abs_diff(empty + has) < 200 && peak.abs_diff(now) < 200,
+            "the parent: VmHWM {peak}, VmRSS {now} pages"
+        );
+        super::verify_all(&[&k, &grandchild])?;
+    }
+    Ok(())
+}
+
+/// stat and statm of a process that borrows tables answer while it holds its mmap lock for writing, which it
+/// does while it forks: about as many times a second as when it does nothing. What they say then is too much
+/// rather than too little.
+fn stat_does_not_wait_for_a_fork(ctx: &Ctx) -> Res {
+    // Much to copy, in two processes' time: page table entries, of the zero page.
+    let bulk = 1 << 30;
+    let k = Kin::new(ctx, 3)?;
+    let child = k.child(ctx, 3)?;
+    let at = child.peer.place(0, bulk)?;
+    let flags = sys::PRIVATE | sys::ANON | sys::FIXED;
+    child.peer.mmap(at, bulk, sys::RW, flags, -1, 0)??;
+    child.peer.madvise(at, bulk, libc::MADV_NOHUGEPAGE)??;
+    ensure_eq!(child.peer.store(at, 1)?, Ok(()), "a store");
+    child.peer.madvise(at, bulk, libc::MADV_POPULATE_READ)??;
+    if ctx.sharing {
+        std::fs::write(format!("/proc/{}/use_odf", child.peer.pid), "0")?;
+    }
+    // Forks once, and answers how long that took, in microseconds.
+    let fork: crate::peer::Remote = |_, _| {
+        sys::pin_to_cpu(1);
+        let start = Instant::now();
+        match sys::fork() {
+            Ok(0) => sys::exit_now(0),
+            Ok(pid) => {
+                let took = start.elapsed().as_micros() as i64;
+                sys::wait(pid).ok();
+                (took, vec![])
+            }
+            Err(_) => (-1, vec![]),
+        }
+    };
+    sys::pin_to_cpu(0);
+    let reads = |name: &str| -> Res<u64> {
+        let path = format!("/proc/{}/{name}", child.peer.pid);
+        let text = std::fs::read_to_string(&path)?;
+        // Without the program's name stat has rss as its 21st number, statm as its second.
+        let index = if name == "stat" { 20 } else { 1 };
+        let numbers: Vec<u64> = text
+            .rsplit(')')
+            .next()
+            .unwrap_or("")
+            .split_whitespace()
+            .filter_map(|w| w.parse::<i64>().ok().map(|n| n as u64))
+            .collect();
+        Ok(numbers[index])
+    };
+    for name in ["stat", "statm"] {
+        let truth = reads(name)?;
+        ensure!(truth >= pages(3), "{name}: rss is {truth} pages");
+        let (mut while_forking, mut forking) = (0, Duration::ZERO);
+        for _ in 0..4 {
+            child.peer.start(fork, &[], &[])?;
+            // From when it has begun until it says that it is done; the exit of its child is not the fork.
+            let start = Instant::now();
+            let mut times = vec![];
+            while !child.peer.answers_within(0) {
+                let rss = reads(name)?;
+                ensure!(
+                    rss + 130 > truth,
+                    "{name}: rss is {rss} pages in a fork, {truth} before"
+                );
+                times.push(start.elapsed());
+            }
+            let (took, _) = child.peer.finish()?;
+            ensure!(took > 0, "fork");
+            let took = Duration::from_micros(took as u64);
+            while_forking += times.iter().filter(|t| **t < took).count();
+            forking += took;
+        }
+        let (start, mut idle) = (Instant::now(), 0);
+        while start.elapsed() < forking {
+            reads(name)?;
+            idle += 1;
+        }
+        ensure!(
+            while_forking * 5 > idle,
+            "{name}: {while_forking} reads in {forking:?} of forks, {idle} in the same time without"
+        );
+    }
+    child.borrows(ctx, 3)?;
+    super::verify_all(&[&k, &child])
 }
