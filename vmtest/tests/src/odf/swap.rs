@@ -3,7 +3,7 @@
 use super::{diverge, verify_all, Events, Kin};
 use crate::harness::{Ctx, Res};
 use crate::kernel::{self, pagemap};
-use crate::machine::{Cgroup, Swap};
+use crate::machine::{Cgroup, Setting, Swap};
 use crate::oracle::pages;
 use crate::sys::{self, GRANULE, GRANULE_PAGES, PAGE};
 use crate::{ensure, ensure_eq, group};
@@ -23,6 +23,7 @@ group!("odf";
     swap_counts(120),
     swap_counts_of_many(120),
     fault_around_swap_by_hint(120),
+    use_of_any_table_keeps_a_page(180),
 );
 
 /// A cgroup with swap in which a family lives.
@@ -417,4 +418,64 @@ fn fault_around_swap_by_hint(ctx: &Ctx) -> Res {
         verify_all(&[&k, &child])?;
     }
     diverge(&mut [&mut k, &mut child])
+}
+
+/// Pages that several shared tables map, of which each is read through one table alone: reclaim asks them all,
+/// and takes the others.
+fn use_of_any_table_keeps_a_page(ctx: &Ctx) -> Res {
+    // Reclaim that asks the tables of each page by itself.
+    let _lru = Setting::set("/sys/kernel/mm/lru_gen/enabled", "0")?;
+    let swap = Swap::on(256)?;
+    // More tables than reclaim remembers having seen are asked as well.
+    for (tables, reader) in [(3, 2), (3, 1), (3, 0), (6, 5)] {
+        let group = Cgroup::enter()?;
+        // While a table is one's own; it would be copied else.
+        let forget = |k: &Kin| std::fs::write(format!("/proc/{}/clear_refs", k.peer.pid), "1");
+        let mut line = vec![Kin::new(ctx, 2)?];
+        forget(&line[0])?;
+        let mut seconds: Vec<Kin> = vec![];
+        for n in 1..tables {
+            let next = line[n - 1].child(ctx, 2)?;
+            for prot in [sys::RO, sys::RW] {
+                next.must(libc::SYS_mprotect, &[next.base, 2 * GRANULE, prot])?;
+            }
+            next.borrows(ctx, 0)?;
+            forget(&next)?;
+            // Whoever has a table shares it, and comes later than the next one with a table.
+            seconds.push(line[n - 1].child(ctx, 2)?);
+            line.push(next);
+        }
+        seconds.push(line[tables - 1].child(ctx, 2)?);
+        let family = || line.iter().chain(&seconds);
+        for who in &seconds {
+            who.borrows(ctx, 2)?;
+        }
+        let used = |page: u64| page.is_multiple_of(2);
+        for page in (0..pages(2)).filter(|p| used(*p)) {
+            let got = seconds[reader].peer.load(line[0].at(page))?;
+            ensure_eq!(got, Ok(line[0].word(page)), "page {page}");
+        }
+        let there = |want: bool| -> Res<u64> {
+            let seen = kernel::pagemap(line[0].peer.pid, line[0].base, pages(2))?;
+            let there = |(page, e): &(usize, &u64)| {
+                used(*page as u64) == want && **e & pagemap::PRESENT != 0
+            };
+            Ok(seen.iter().enumerate().filter(there).count() as u64)
+        };
+        let half = pages(1);
+        ensure_eq!((there(true)?, there(false)?), (half, half), "before");
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while there(false)? > half * 3 / 4 && there(true)? > half * 3 / 4 {
+            ensure!(Instant::now() < deadline, "nothing is reclaimed");
+            group.reclaim(32 * PAGE);
+        }
+        let (used, unused) = (there(true)?, there(false)?);
+        ensure!(
+            used > half * 15 / 16,
+            "{tables} tables, read through number {reader}: of {half} pages each, {used} that were \
+             used and {unused} that were not are there"
+        );
+        family().try_for_each(|who| who.verify())?;
+    }
+    swap.off()
 }
