@@ -3,7 +3,7 @@
 use super::{diverge, verify_all, Disk, Events, Kin};
 use crate::harness::{Ctx, Res};
 use crate::machine::{Cgroup, Setting};
-use crate::oracle::pages;
+use crate::oracle::{pages, word_at};
 use crate::peer::{flat, Remote};
 use crate::sys::{self, ANON, GRANULE, GRANULE_PAGES, PAGE, PRIVATE, RW};
 use crate::{ensure, ensure_eq, group, skip};
@@ -18,6 +18,7 @@ group!("odf";
     parent_and_child_write_at_once(120),
     threads_write_at_once(120),
     threads_fork_while_others_write(120),
+    threads_collapse_and_drop_while_others_look(180),
     direct_reads_while_forking(120),
     children_run_programs,
     killed_parent,
@@ -399,6 +400,144 @@ fn direct_reads_while_forking(ctx: &Ctx) -> Res {
         .peer
         .call(READ_AND_FORK, &[disk.raw(), k.base, time], &[])?;
     ensure_eq!(r, 0, "{}", String::from_utf8_lossy(&why));
+    Ok(())
+}
+
+/// In a peer, for a while: a thread that has granules collapsed, one that drops pages, and two that read and
+/// write everywhere, each a word of its own in every page. Arguments: address, pages, milliseconds, the
+/// model's seed; and the pages' generations. Answers 0, or what a thread saw that nobody wrote.
+const COLLAPSE_AND_DROP: Remote = |a, gens| {
+    const MADV_COLLAPSE: u64 = 25;
+    static STOP: AtomicBool = AtomicBool::new(false);
+    STOP.store(false, Ordering::SeqCst);
+    let (base, n, seed) = (a[0], a[1], a[3]);
+    let gens: std::sync::Arc<Vec<u32>> = std::sync::Arc::new(
+        gens.chunks_exact(4)
+            .map(|g| u32::from_ne_bytes(g.try_into().unwrap_or_default()))
+            .collect(),
+    );
+    let advise = |at, len, what| sys::syscall(libc::SYS_madvise, &[at, len, what]).is_ok();
+    // How often it did what it is for, or what was wrong.
+    type Outcome = Result<u64, String>;
+    let mut threads: Vec<std::thread::JoinHandle<Outcome>> = vec![];
+    threads.push(std::thread::spawn(move || {
+        let mut done = 0;
+        while !STOP.load(Ordering::Relaxed) {
+            for granule in 0..n / GRANULE_PAGES {
+                let at = base + granule * GRANULE;
+                done += u64::from(advise(at, GRANULE, MADV_COLLAPSE));
+            }
+        }
+        Ok(done)
+    }));
+    threads.push(std::thread::spawn(move || {
+        let (mut done, mut x) = (0, seed);
+        while !STOP.load(Ordering::Relaxed) {
+            x = x.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+            let (first, len) = match (x >> 40) % 16 {
+                0 => ((x >> 33) % n / GRANULE_PAGES * GRANULE_PAGES, GRANULE_PAGES),
+                few => ((x >> 33) % (n - 16), few),
+            };
+            if !advise(base + first * PAGE, len * PAGE, libc::MADV_DONTNEED as u64) {
+                return Err("MADV_DONTNEED".into());
+            }
+            done += 1;
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        Ok(done)
+    }));
+    for own in 1..3u64 {
+        let gens = gens.clone();
+        threads.push(std::thread::spawn(move || {
+            let (mut done, mut x) = (0u64, seed ^ own);
+            while !STOP.load(Ordering::Relaxed) {
+                x = x.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+                let page = (x >> 33) % n;
+                let mark = (page << 32) | (own << 28) | 0xa5;
+                for (word, mine) in [(0, 0), (own, mark), (511, 0)] {
+                    let was = word_at(seed, page, gens[page as usize], word);
+                    match sys::load64(base + page * PAGE + word * 8) {
+                        Ok(v) if v == was || v == 0 || v == mine => {}
+                        got => return Err(format!("page {page} word {word}: {got:x?}")),
+                    }
+                }
+                if x >> 63 == 0 && sys::store64(base + page * PAGE + own * 8, mark).is_err() {
+                    return Err(format!("page {page}: a store"));
+                }
+                done += 1;
+            }
+            Ok(done)
+        }));
+    }
+    std::thread::sleep(Duration::from_millis(a[2]));
+    STOP.store(true, Ordering::Relaxed);
+    let ends: Vec<Outcome> = threads
+        .into_iter()
+        .map(|t| t.join().unwrap_or(Err("panic".into())))
+        .collect();
+    match ends.iter().find_map(|e| e.as_ref().err()) {
+        Some(why) => (-1, why.clone().into_bytes()),
+        None => {
+            let counts = ends.iter().flatten().flat_map(|n| n.to_ne_bytes());
+            (0, counts.collect())
+        }
+    }
+};
+
+/// Granules become huge and small again and lose pages in one process, whose tables were shared with a parent
+/// and a child. Those two see nothing of it, and write themselves.
+fn threads_collapse_and_drop_while_others_look(ctx: &Ctx) -> Res {
+    let n = 4;
+    let end = Instant::now() + ctx.duration(6, 120);
+    let mut done = [0u64; 4];
+    let mut round = 0;
+    while round < 4 || Instant::now() < end {
+        // With and without huge pages by faults.
+        let thp = ["never", "madvise"][round % 2];
+        let _thp = Setting::set("/sys/kernel/mm/transparent_hugepage/enabled", thp)?;
+        let mut old = Kin::new(ctx, n)?;
+        let mut middle = old.child(ctx, n)?;
+        let mut young = middle.child(ctx, n)?;
+        // By one who borrows, and by the owner.
+        let (one, mut others) = match round / 2 % 2 {
+            0 => (&mut middle, [&mut old, &mut young]),
+            _ => (&mut old, [&mut middle, &mut young]),
+        };
+        one.advise(0..pages(n), libc::MADV_HUGEPAGE)?;
+        let gens: Vec<u8> = one
+            .model
+            .pages
+            .iter()
+            .flat_map(|g| g.to_ne_bytes())
+            .collect();
+        let time = ctx.duration(1, 5).as_millis() as u64;
+        let a = [one.base, pages(n), time, one.model.seed];
+        one.peer.start(COLLAPSE_AND_DROP, &a, &gens)?;
+        let mut step = 0;
+        while !one.peer.answers_within(0) {
+            for (i, k) in others.iter_mut().enumerate() {
+                let part = (step + i as u64) % (2 * n) * (GRANULE_PAGES / 2);
+                k.sees(part..part + GRANULE_PAGES / 2)?;
+                if step % 8 == 7 {
+                    k.store(part + step % 256)?;
+                }
+            }
+            step += 1;
+        }
+        let (r, what) = one.peer.finish()?;
+        ensure_eq!(r, 0, "round {round}: {}", String::from_utf8_lossy(&what));
+        for (sum, count) in done.iter_mut().zip(what.chunks_exact(8)) {
+            *sum += crate::peer::word(count);
+        }
+        let [a, b] = others;
+        verify_all(&[a, b])?;
+        diverge(&mut [a, b])?;
+        round += 1;
+    }
+    ensure!(
+        done.iter().all(|d| *d > 0),
+        "collapsed, dropped, touched, touched: {done:?}"
+    );
     Ok(())
 }
 
