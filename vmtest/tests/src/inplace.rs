@@ -39,7 +39,7 @@ group!("inplace";
     writeback_by_msync_of_one_process(120),
     move_pages_between_nodes,
     migrate_pages_of_a_process,
-    numa_balancing,
+    numa_balancing(120),
     compaction(180),
     collapse_by_madvise,
     collapse_then_punch,
@@ -771,25 +771,44 @@ fn migrate_pages_of_a_process(ctx: &Ctx) -> Res {
     Ok(())
 }
 
-/// NUMA balancing leaves shared tables alone, or at least contents and sharing.
-fn numa_balancing(ctx: &Ctx) -> Res {
-    two_nodes()?;
-    let _on = Setting::set("/proc/sys/kernel/numa_balancing", "1")?;
-    let _scan: Vec<_> = [
+/// NUMA balancing at its liveliest, for processes that are made from now on. Where its pace cannot be set a
+/// process has hints when it has run for a second.
+pub fn numa_hints() -> Res<Vec<Setting>> {
+    let mut all = vec![Setting::set("/proc/sys/kernel/numa_balancing", "1")?];
+    for (n, v) in [
         ("scan_delay_ms", "1"),
         ("scan_period_min_ms", "10"),
         ("scan_period_max_ms", "50"),
-    ]
-    .iter()
-    .filter_map(|(n, v)| {
-        Setting::set(&format!("/sys/kernel/debug/sched/numa_balancing/{n}"), v).ok()
-    })
-    .collect();
+    ] {
+        let path = format!("/sys/kernel/debug/sched/numa_balancing/{n}");
+        all.extend(Setting::set(&path, v));
+    }
+    all.reverse();
+    Ok(all)
+}
+
+/// Entries that were made hints, and faults that such made, since boot.
+pub fn hinted() -> (u64, u64) {
+    let number = |n| kernel::vmstat(n).unwrap_or(0);
+    (number("numa_pte_updates"), number("numa_hint_faults"))
+}
+
+/// NUMA balancing passes by shared tables. It gives hints to one who maps the file in tables of its own, and
+/// moves pages because of them, under those who share.
+fn numa_balancing(ctx: &Ctx) -> Res {
+    two_nodes()?;
+    let _on = numa_hints()?;
     let mut t = Team::new(ctx, 3, 3)?;
+    let own = Peer::spawn()?;
+    let at = own.place(0, 4 * GRANULE)? + PAGE;
+    own.mmap(at, 3 * GRANULE, RW, SHARED | FIXED, t.raw(), 0)??;
     let spin: Remote = |a, _| {
-        sys::pin_to_cpu(a[2] as usize);
         let end = Instant::now() + Duration::from_millis(a[3]);
+        let mut round = a[2];
         while Instant::now() < end {
+            // From here and from there, so that pages have a reason to move.
+            round += 1;
+            sys::pin_to_cpu(round as usize / 8);
             for n in 0..a[1] {
                 if let Err(f) = sys::load64(a[0] + n * PAGE) {
                     return (1, format!("page {n}: {f:?}").into_bytes());
@@ -798,18 +817,38 @@ fn numa_balancing(ctx: &Ctx) -> Res {
         }
         (0, vec![])
     };
-    let time = ctx.duration(3, 30).as_millis() as u64;
-    for i in 0..3 {
-        t.peer(i)
-            .start(spin, &[t.at(i, 0), pages(3), i as u64, time], &[])?;
+    let before = hinted();
+    // Who has hints for it: as many as it has pages, and a fault for each.
+    let enough = |now: (u64, u64)| now.0 - before.0 >= pages(3) && now.1 - before.1 >= pages(3);
+    for round in 0..15 {
+        let time = ctx.duration(2, 10).as_millis() as u64;
+        let all: Vec<(&Peer, u64)> = (0..3)
+            .map(|i| (t.peer(i), t.at(i, 0)))
+            .chain([(&own, at)])
+            .collect();
+        for (i, (p, a)) in all.iter().enumerate() {
+            p.start(spin, &[*a, pages(3), i as u64, time], &[])?;
+        }
+        for (i, (p, _)) in all.iter().enumerate() {
+            let (r, why) = p.finish()?;
+            ensure_eq!(r, 0, "member {i}: {}", String::from_utf8_lossy(&why));
+        }
+        t.verify_all()?;
+        t.model.verify_mapped(&own, at, 0..pages(3))?;
+        t.store(round % 3, 100 + round as u64)?;
+        if round > 1 && enough(hinted()) {
+            break;
+        }
     }
-    for i in 0..3 {
-        let (r, why) = t.peer(i).finish()?;
-        ensure_eq!(r, 0, "member {i}: {}", String::from_utf8_lossy(&why));
-    }
-    t.verify_all()?;
+    let now = hinted();
+    ensure!(
+        enough(now),
+        "hints and faults: {before:?} before, {now:?} now"
+    );
     t.expect_all(3)?;
-    t.coherent()
+    t.model.store(&own, at + 9 * PAGE, 9)?;
+    t.coherent()?;
+    t.model.verify_mapped(&own, at, 0..pages(3))
 }
 
 /// Compaction migrates pages that are mapped through shared tables.

@@ -2,9 +2,8 @@
 
 use super::{diverge, verify_all, Events, Kin};
 use crate::harness::{Ctx, Res};
-use crate::inplace::two_nodes;
+use crate::inplace::{hinted, numa_hints, two_nodes};
 use crate::kernel;
-use crate::machine::Setting;
 use crate::oracle::pages;
 use crate::peer::Remote;
 use crate::sys::{self, GRANULE, GRANULE_PAGES, PAGE};
@@ -152,23 +151,6 @@ fn mbind_by_one(ctx: &Ctx) -> Res {
     Ok(())
 }
 
-/// NUMA balancing at its liveliest.
-fn hints() -> Res<Vec<Setting>> {
-    let mut all = vec![Setting::set("/proc/sys/kernel/numa_balancing", "1")?];
-    for (n, v) in [
-        ("scan_delay_ms", "1"),
-        ("scan_period_min_ms", "10"),
-        ("scan_period_max_ms", "50"),
-    ] {
-        all.extend(Setting::set(
-            &format!("/sys/kernel/debug/sched/numa_balancing/{n}"),
-            v,
-        ));
-    }
-    all.reverse();
-    Ok(all)
-}
-
 /// In a peer: reads, and now and then writes what is there already. Arguments: address, pages, CPU,
 /// milliseconds, write?
 const SPIN: Remote = |a, _| {
@@ -205,14 +187,41 @@ fn spin(ctx: &Ctx, kin: &[&Kin], write: u64) -> Res {
     kin.iter().try_for_each(|k| k.verify())
 }
 
-/// Hinting does not touch what is shared.
+/// In a peer: runs for so many milliseconds and touches nothing. Hints are made when a process has run for a
+/// second, of pages that are not on its node, and go when it touches them.
+const BURN: Remote = |a, _| {
+    sys::pin_to_cpu(0);
+    let end = Instant::now() + Duration::from_millis(a[0]);
+    while Instant::now() < end {}
+    (0, vec![])
+};
+
+/// Hinting does not touch what is shared. It is at work: a process that shares nothing gets hints meanwhile.
 fn numa_hints_after_the_fork(ctx: &Ctx) -> Res {
     two_nodes()?;
     let mut k = Kin::new(ctx, 3)?;
     let mut child = k.child(ctx, 3)?;
-    let before = Events::now();
-    let on = hints()?;
-    spin(ctx, &[&k, &child], 0)?;
+    let on = numa_hints()?;
+    let (before, hints) = (Events::now(), hinted().0);
+    for round in 0..8 {
+        // A new one each time: of memory that nobody touches no more hints are made after a while.
+        let mut own = Kin::untouched(ctx, 3)?;
+        own._quiet = None;
+        std::fs::write("/proc/sys/kernel/numa_balancing", "1")?;
+        own.fill(0..pages(3))?;
+        move_to(&own, 1 - round % 2, MOVE)?;
+        move_to(&k, 1 - round % 2, MOVE_ALL)?;
+        own.peer.start(BURN, &[2500], &[])?;
+        spin(ctx, &[&k, &child], 0)?;
+        own.peer.finish()?;
+        own.verify()?;
+        // Those two have run for a second by then, too.
+        if round > 0 && hinted().0 >= hints + pages(1) {
+            break;
+        }
+    }
+    let made = hinted().0 - hints;
+    ensure!(made >= pages(1), "NUMA balancing made {made} hints");
     before.expect(ctx, 0, 0)?;
     child.borrows(ctx, 3)?;
     spin(ctx, &[&k, &child], 1)?;
@@ -223,30 +232,21 @@ fn numa_hints_after_the_fork(ctx: &Ctx) -> Res {
 /// Hints that are there at the fork are resolved by each for itself.
 fn numa_hints_before_the_fork(ctx: &Ctx) -> Res {
     two_nodes()?;
-    let on = hints()?;
+    let on = numa_hints()?;
     let mut k = Kin::untouched(ctx, 3)?;
     k._quiet = None;
     std::fs::write("/proc/sys/kernel/numa_balancing", "1")?;
     k.fill(0..pages(3))?;
-    // Hints are made when a process has run for a second, of pages that are not on its node, and go when it
-    // touches them: so it touches none.
-    let burn: Remote = |a, _| {
-        sys::pin_to_cpu(0);
-        let end = Instant::now() + Duration::from_millis(a[0]);
-        while Instant::now() < end {}
-        (0, vec![])
-    };
-    let hinted = || kernel::vmstat("numa_pte_updates").unwrap_or(0);
-    let before = hinted();
+    let before = hinted().0;
     for round in 0..8 {
-        if hinted() > before + pages(1) {
+        if hinted().0 > before + pages(1) {
             break;
         }
         // Not for long: of memory that nobody touches it makes no more.
         move_to(&k, 1 - round % 2, MOVE)?;
-        k.peer.call(burn, &[1200], &[])?;
+        k.peer.call(BURN, &[1200], &[])?;
     }
-    if hinted() <= before + pages(1) {
+    if hinted().0 <= before + pages(1) {
         skip!("NUMA balancing did nothing");
     }
     let mut child = k.child(ctx, 3)?;
