@@ -24,6 +24,8 @@ group!("odf";
     remove_is_refused,
     populate,
     other_hints,
+    dontneed_of_locked_pages,
+    hints_from_outside,
     ksm_before_the_fork(120),
     ksm_after_the_fork(120),
     collapse_by_one,
@@ -368,6 +370,69 @@ fn other_hints(ctx: &Ctx) -> Res {
         verify_all(&[&k, &child, &grandchild])?;
     }
     diverge(&mut [&mut k, &mut child])
+}
+
+/// MADV_DONTNEED_LOCKED takes the pages of a mapping that is locked, of that process alone.
+fn dontneed_of_locked_pages(ctx: &Ctx) -> Res {
+    const MADV_DONTNEED_LOCKED: i32 = 24;
+    for by_child in [true, false] {
+        let mut k = Kin::new(ctx, 3)?;
+        let mut child = k.child(ctx, 3)?;
+        let (one, other) = match by_child {
+            true => (&mut child, &mut k),
+            false => (&mut k, &mut child),
+        };
+        let part = GRANULE_PAGES - 9..GRANULE_PAGES + 9;
+        one.advise(part.clone(), MADV_DONTNEED_LOCKED)?;
+        one.zero(part.clone());
+        verify_all(&[one, other])?;
+        // Locks only what is there, so that what is dropped stays away.
+        one.must(libc::SYS_mlock2, &[one.at(0), 3 * GRANULE, 1])?;
+        let got = one.peer.madvise(one.at(3), PAGE, libc::MADV_DONTNEED)?;
+        ensure_eq!(
+            got,
+            Err(Errno(libc::EINVAL)),
+            "MADV_DONTNEED of locked pages"
+        );
+        one.advise(pages(2)..pages(3), MADV_DONTNEED_LOCKED)?;
+        one.zero(pages(2)..pages(3));
+        verify_all(&[one, other])?;
+        one.must(libc::SYS_munlock, &[one.at(0), 3 * GRANULE])?;
+        diverge(&mut [one, other])?;
+    }
+    Ok(())
+}
+
+/// process_madvise of one of them by another process.
+fn hints_from_outside(ctx: &Ctx) -> Res {
+    let swap = Swap::on(64)?;
+    for by_child in [true, false] {
+        let mut k = Kin::new(ctx, 3)?;
+        let mut child = k.child(ctx, 3)?;
+        for advice in [libc::MADV_COLD, libc::MADV_PAGEOUT, libc::MADV_WILLNEED] {
+            let one = if by_child { &child } else { &k };
+            let pidfd = sys::syscall(libc::SYS_pidfd_open, &[one.peer.pid as u64, 0])?;
+            let pidfd = crate::harness::own(pidfd);
+            // Of two granules a part each.
+            let (first, n) = (GRANULE_PAGES - 100, 200);
+            let range = [one.at(first), n * PAGE];
+            let a = [
+                std::os::fd::AsRawFd::as_raw_fd(&pidfd) as u64,
+                range.as_ptr() as u64,
+                1,
+                advice as u64,
+                0,
+            ];
+            let done = sys::syscall(libc::SYS_process_madvise, &a);
+            ensure_eq!(done, Ok(n * PAGE), "bytes advised with {advice}");
+            verify_all(&[&k, &child])?;
+            k.store(GRANULE_PAGES - 50)?;
+            child.store(GRANULE_PAGES - 51)?;
+            verify_all(&[&k, &child])?;
+        }
+        diverge(&mut [&mut k, &mut child])?;
+    }
+    swap.off()
 }
 
 // ---- KSM ----

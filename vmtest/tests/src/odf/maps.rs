@@ -38,11 +38,13 @@ group!("odf";
     uffd_wp_in_one,
     uffd_before_the_fork,
     uffd_event_of_a_fork,
+    uffd_moves_pages_of_one,
     soft_dirty_of_one,
     soft_dirty_before_the_fork,
     pagemap_scan_of_one,
     clear_refs_referenced,
     clear_refs_peak,
+    checkpoint_and_restore,
 );
 
 /// Both see what they must, but for a part that one of them no longer has.
@@ -679,6 +681,66 @@ fn uffd_event_of_a_fork(ctx: &Ctx) -> Res {
     diverge(&mut [&mut k, &mut child])
 }
 
+/// In a peer that has a userfaultfd: moves a page by it, which none but the process itself may. Arguments:
+/// where to, where from.
+const MOVE_HERE: Remote = |a, _| {
+    const UFFDIO_MOVE: u64 = 0xc028_aa05;
+    let is_uffd = |fd: &u64| {
+        let link = std::fs::read_link(format!("/proc/self/fd/{fd}"));
+        link.is_ok_and(|l| l.as_os_str() == "anon_inode:[userfaultfd]")
+    };
+    let Some(fd) = (0..100).find(is_uffd) else {
+        return (-i64::from(libc::EBADF), vec![]);
+    };
+    let mut arg = [a[0], a[1], PAGE, 0, 0];
+    let a = [fd, UFFDIO_MOVE, arg.as_mut_ptr() as u64];
+    (flat(sys::syscall(libc::SYS_ioctl, &a)), vec![])
+};
+
+/// UFFDIO_MOVE out of a table that is shared: a page that others have as well stays, with EBUSY, as after any
+/// fork; one's own goes, and nobody else loses it.
+fn uffd_moves_pages_of_one(ctx: &Ctx) -> Res {
+    for by_child in [true, false] {
+        let mut k = Kin::new(ctx, 3)?;
+        k.advise(pages(2)..pages(3), libc::MADV_DONTNEED)?;
+        k.zero(pages(2)..pages(3));
+        let mut child = k.child(ctx, 3)?;
+        let (one, other) = match by_child {
+            true => (&mut child, &mut k),
+            false => (&mut k, &mut child),
+        };
+        let u = Uffd::of(&one.peer, 0)?;
+        u.register(one.at(pages(2)), GRANULE, MODE_MISSING)?;
+        let (from, to) = (GRANULE_PAGES + 9, pages(2) + 9);
+        let move_it = |k: &Kin| -> Res<sys::Sys<u64>> {
+            let (r, _) = k.peer.call(MOVE_HERE, &[k.at(to), k.at(from)], &[])?;
+            Ok(match r {
+                0.. => Ok(r as u64),
+                _ => Err(Errno(-r as i32)),
+            })
+        };
+        let got = move_it(one)?;
+        ensure_eq!(got, Err(Errno(libc::EBUSY)), "moving what others have");
+        one.sees(0..pages(2))?;
+        other.verify()?;
+        one.store(from)?;
+        let moved = one.bytes(from);
+        ensure_eq!(move_it(one)?, Ok(0), "moving one's own");
+        let mut there = vec![0; PAGE as usize];
+        let mem = std::fs::File::open(format!("/proc/{}/mem", one.peer.pid))?;
+        sys::pread(&mem, &mut there, one.at(to))?;
+        ensure!(there == moved, "what was moved is not what was there");
+        one.zero(from..from + 1);
+        one.sees(0..pages(2))?;
+        other.verify()?;
+        one.store(to)?;
+        u.ioctl(UFFDIO_UNREGISTER, &mut [one.at(pages(2)), GRANULE])?;
+        verify_all(&[one, other])?;
+        diverge(&mut [one, other])?;
+    }
+    Ok(())
+}
+
 // ---- soft-dirty and its kin ----
 
 fn dirty(k: &Kin) -> Res<Vec<u64>> {
@@ -880,4 +942,74 @@ fn clear_refs_peak(ctx: &Ctx) -> Res {
         );
     }
     diverge(&mut [&mut k, &mut child])
+}
+
+/// What a checkpointer does: stop the process, read which pages it has and what is in them, let it run, stop it
+/// again and read what it has written since. Put into a new process that is the old one, whose parent
+/// lives on, and whose children share.
+fn checkpoint_and_restore(ctx: &Ctx) -> Res {
+    if !soft_dirty_works()? {
+        crate::skip!("no soft-dirty tracking in this kernel");
+    }
+    let n = 3;
+    let mut k = Kin::new(ctx, n)?;
+    let hole = GRANULE_PAGES + 20..GRANULE_PAGES + 30;
+    k.advise(hole.clone(), libc::MADV_DONTNEED)?;
+    k.zero(hole.clone());
+    let mut child = k.child(ctx, n)?;
+    child.store(3)?;
+    // Made now, as later this process has a heap of whole granules that it would get, too.
+    let mut restored = Kin::untouched(ctx, n)?;
+    let mut image = std::collections::HashMap::new();
+    let mut dump = |child: &Kin, wanted: u64| -> Res<usize> {
+        let pid = child.peer.pid as u64;
+        let ptrace =
+            |request: u32| sys::syscall(libc::SYS_ptrace, &[u64::from(request), pid, 0, 0]);
+        ptrace(libc::PTRACE_SEIZE)?;
+        ptrace(libc::PTRACE_INTERRUPT)?;
+        sys::wait(child.peer.pid)?;
+        let seen = kernel::pagemap(child.peer.pid, child.base, pages(n))?;
+        let found: Vec<u64> = (0..pages(n))
+            .filter(|p| seen[*p as usize] & wanted != 0)
+            .collect();
+        for page in &found {
+            let mut buf = vec![0u8; PAGE as usize];
+            let local = [buf.as_mut_ptr() as u64, PAGE];
+            let remote = [child.at(*page), PAGE];
+            let [l, r] = [&local, &remote].map(|v| v.as_ptr() as u64);
+            let got = sys::syscall(libc::SYS_process_vm_readv, &[pid, l, 1, r, 1, 0]);
+            ensure_eq!(got, Ok(PAGE), "process_vm_readv of page {page}");
+            image.insert(*page, buf);
+        }
+        clear(child, "4")?;
+        ptrace(libc::PTRACE_DETACH)?;
+        Ok(found.len())
+    };
+    let all = dump(&child, pagemap::PRESENT | pagemap::SWAPPED)?;
+    ensure_eq!(all as u64, pages(n) - 10, "pages of the first dump");
+    verify_all(&[&k, &child])?;
+    // Between the dumps: writes of all of them, and a child. It shares nothing: process_vm_readv has pinned pages.
+    let grandchild = child.child(ctx, 0)?;
+    for page in [4, hole.start, pages(2)] {
+        child.store(page)?;
+        k.store(page + 1)?;
+    }
+    ensure_eq!(
+        dump(&child, pagemap::SOFT_DIRTY)?,
+        3,
+        "pages of the second dump"
+    );
+    let model = child.model.clone();
+    child.peer.exit()?;
+    let mem = std::fs::OpenOptions::new()
+        .write(true)
+        .open(format!("/proc/{}/mem", restored.peer.pid))?;
+    for (page, bytes) in &image {
+        sys::pwrite(&mem, bytes, restored.at(*page))?;
+    }
+    restored.model = model;
+    let mut its_child = restored.child(ctx, n)?;
+    verify_all(&[&k, &grandchild, &restored, &its_child])?;
+    diverge(&mut [&mut restored, &mut its_child, &mut k])?;
+    grandchild.verify()
 }

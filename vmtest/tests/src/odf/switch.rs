@@ -12,6 +12,7 @@ use std::fs;
 group!("odf";
     switch_is_read_and_written,
     switch_of_others,
+    switch_asks_who_opened_it,
     switch_is_inherited,
     switch_default,
     switch_off_shares_nothing,
@@ -93,6 +94,46 @@ fn switch_of_others(ctx: &Ctx) -> Res {
     ensure_eq!(write(&other, root, 1)?, refused, "writing root's");
     ensure_eq!(read_of(user.pid)?, "1\n", "after another was refused");
     ensure_eq!(read_of(root)?, before, "after a user was refused");
+    Ok(())
+}
+
+/// A descriptor that an ordinary user has opened writes as that user does, whoever has it by then; and one that
+/// root has opened writes as root does.
+fn switch_asks_who_opened_it(ctx: &Ctx) -> Res {
+    need_switch(ctx)?;
+    let _default = Setting::set(DEFAULT, "0")?;
+    let [target, stranger] = [Peer::spawn()?, Peer::spawn()?];
+    for (p, id) in [(&target, 1000), (&stranger, 1001)] {
+        ensure_eq!(p.call(BECOME, &[id], &[])?.0, 0, "setresuid");
+    }
+    let open: Remote = |_, path| {
+        let a = [
+            libc::AT_FDCWD as u64,
+            path.as_ptr() as u64,
+            libc::O_WRONLY as u64,
+        ];
+        (flat(sys::syscall(libc::SYS_openat, &a)), vec![])
+    };
+    let write: Remote = |a, _| {
+        let text = b"1";
+        let r = sys::syscall(libc::SYS_write, &[a[0], text.as_ptr() as u64, 1]);
+        (flat(r), vec![])
+    };
+    let path = format!("/proc/{}/use_odf", target.pid);
+    let (fd, _) = stranger.call(open, &[], format!("{path}\0").as_bytes())?;
+    ensure!(fd >= 0, "opening it: {fd}");
+    // Root, with a stranger's descriptor.
+    let taken = sys::steal_fd(stranger.pid, fd as i32)?;
+    let got = write(&[std::os::fd::AsRawFd::as_raw_fd(&taken) as u64], &[]).0;
+    ensure_eq!(got, -i64::from(libc::EACCES), "root, as a stranger");
+    ensure_eq!(read_of(target.pid)?, "0\n", "after that");
+    // A stranger, with root's descriptor.
+    let ours = fs::OpenOptions::new().write(true).open(&path)?;
+    let heir = Peer::spawn()?;
+    ensure_eq!(heir.call(BECOME, &[1001], &[])?.0, 0, "setresuid");
+    let fd = std::os::fd::AsRawFd::as_raw_fd(&ours) as u64;
+    ensure_eq!(heir.call(write, &[fd], &[])?.0, 1, "a stranger, as root");
+    ensure_eq!(read_of(target.pid)?, "1\n", "after that");
     Ok(())
 }
 
