@@ -18,16 +18,29 @@ const SHORT: Duration = Duration::from_secs(15 * 60);
 /// Time for the long forms.
 const LONG: Duration = Duration::from_secs(90 * 60);
 
-/// Runs the tests on one kernel.
+/// What is run again where every fork is on demand, unless all is: processes that share files and fork, that
+/// are looked at, and that have references to pages. In less than a minute.
+const ODF: &str = "modes::,transparent::,mapspt::,observe::,fork::,gup::,odf::switch,odf::boot,\
+                   odf::clone3,odf::vfork,odf::children";
+
+/// Runs the tests on one kernel, and on release some of them, or with `long` all, where every fork is on demand.
 pub fn run(tally: &mut Tally, flavor: Flavor, filter: Option<&str>, long: bool) {
-    let name = flavor.name();
-    match boot(flavor, filter, long) {
-        Ok(outcome) => judge(tally, name, &outcome, usize::from(filter.is_none())),
-        Err(e) => tally.fail(&format!("{name} VM"), &format!("{e:#}")),
+    let least = usize::from(filter.is_none());
+    let mut pass = |title: &str, append: &str, filter: Option<&str>| match boot(
+        flavor, append, filter, long,
+    ) {
+        Ok(outcome) => judge(tally, title, &outcome, least),
+        Err(e) => tally.fail(&format!("{title} VM"), &format!("{e:#}")),
+    };
+    pass(flavor.name(), "", filter);
+    match (flavor, filter, long) {
+        (Flavor::Release, None, false) => pass("release odf=1", "odf=1", Some(ODF)),
+        (Flavor::Release, filter, true) => pass("release odf=1", "odf=1", filter),
+        _ => {}
     }
 }
 
-fn boot(flavor: Flavor, filter: Option<&str>, long: bool) -> Result<Outcome> {
+fn boot(flavor: Flavor, append: &str, filter: Option<&str>, long: bool) -> Result<Outcome> {
     let program = guest::binary("guest-tests")?;
     let program = program.to_string_lossy().into_owned();
     let mut command = vec![program.as_str(), "run"];
@@ -45,6 +58,7 @@ fn boot(flavor: Flavor, filter: Option<&str>, long: bool) -> Result<Outcome> {
         .smp(2)
         // Two nodes, so that migration and NUMA balancing have where to go.
         .append("numa=fake=2")
+        .append(append)
         .cwd("/")
         .timeout(if long { LONG } else { SHORT })
         .tee(Progress::boxed)
