@@ -14,14 +14,14 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 /// A power of two, so that multiplying with an odd number visits all keys.
-const KEYS: u64 = 1 << 18;
-/// With what Redis adds, one of these fills a page.
-const VALUE: usize = 4000;
+const KEYS: u64 = 1 << 20;
+/// With these a gigabyte of data.
+const VALUE: usize = 1 << 10;
 /// Saves that only their fork is of interest of, before the one that is gone through with.
 const FORKS: usize = 4;
 const WRITES_BEFORE: u64 = 1000;
 /// Keys in one request.
-const BATCH: u64 = 64;
+const BATCH: u64 = 256;
 
 /// Prints the figures.
 pub fn run(ask: bool) -> Result<()> {
@@ -34,6 +34,7 @@ pub fn run(ask: bool) -> Result<()> {
         .context("DEBUG POPULATE")?;
     let used = info(&mut connection, "memory", "used_memory_rss")?;
     progress!("Redis has {KEYS} keys in {} MB", used / 1_000_000);
+    emit("redis_memory", "MB", used as f64 / 1e6);
     ensure!(used > 1_000_000_000, "that is less than a gigabyte");
 
     let mut data = Data::default();
