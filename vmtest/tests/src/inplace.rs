@@ -38,12 +38,15 @@ group!("inplace";
     writeback_reaches_the_disk(120),
     writeback_by_msync_of_one_process(120),
     move_pages_between_nodes,
+    pages_of_others_are_not_moved,
     migrate_pages_of_a_process,
+    readers_stay_readers_during_migration,
     numa_balancing(120),
     compaction(180),
     collapse_by_madvise,
     collapse_then_punch,
     collapse_by_process_madvise,
+    collapse_of_a_huge_page_mapped_small,
     collapse_by_khugepaged(120),
     soft_offline,
     hwpoison,
@@ -154,6 +157,7 @@ fn punch_pages(ctx: &Ctx) -> Res {
         (1023, 1024),
     ] {
         t.model.punch(&t.fd, lo..hi)?;
+        t.expect_all(2)?;
         t.verify_all()?;
         t.store(2, lo)?;
         t.store(1, hi - 1)?;
@@ -427,13 +431,20 @@ fn swapoff(ctx: &Ctx) -> Res {
     t.coherent()
 }
 
-/// MADV_PAGEOUT by one process, with swap: a hint that must not cost anybody content.
+/// MADV_PAGEOUT by one process, with swap: a hint that must not cost anybody content, and takes no
+/// page out that others map.
 fn pageout_by_one_process(ctx: &Ctx) -> Res {
     let _swap = Swap::on(256)?;
     let mut t = Team::new(ctx, 3, 3)?;
     for round in 0..3 {
         t.peer(round)
             .madvise(t.at(round, 0), 3 * GRANULE, libc::MADV_PAGEOUT)??;
+        let others = (round + 1) % 3;
+        ensure_eq!(
+            present_in(&t, others)? as u64,
+            pages(3),
+            "pages of member {others} after MADV_PAGEOUT by another"
+        );
         t.store((round + 1) % 3, 17)?;
         t.verify_all()?;
         t.peer(round)
@@ -751,6 +762,66 @@ fn move_pages_between_nodes(ctx: &Ctx) -> Res {
     t.expect_all(2)
 }
 
+/// The node of each page of member 0.
+fn nodes_of(t: &Team) -> Res<Vec<i32>> {
+    let addrs: Vec<u64> = (0..pages(t.granules)).map(|p| t.at(0, p)).collect();
+    let mut status = vec![-1i32; addrs.len()];
+    let a = [
+        t.peer(0).pid as u64,
+        addrs.len() as u64,
+        addrs.as_ptr() as u64,
+        0,
+        status.as_mut_ptr() as u64,
+        0,
+    ];
+    sys::syscall(libc::SYS_move_pages, &a)?;
+    Ok(status)
+}
+
+/// move_pages(2) and mbind(2) for one process alone, without MPOL_MF_MOVE_ALL, leave the pages where
+/// they are that others map too.
+fn pages_of_others_are_not_moved(ctx: &Ctx) -> Res {
+    two_nodes()?;
+    const MOVE: u64 = 2;
+    let mut t = Team::new(ctx, 3, 2)?;
+    // So that no page is on its way to the lists on which moving finds it.
+    fs::write("/proc/sys/vm/drop_caches", "1")?;
+    let before = nodes_of(&t)?;
+    let addrs: Vec<u64> = (0..pages(2)).map(|p| t.at(0, p)).collect();
+    let others: Vec<i32> = before.iter().map(|n| 1 - n).collect();
+    let mut status = vec![0i32; addrs.len()];
+    let a = [
+        t.peer(0).pid as u64,
+        addrs.len() as u64,
+        addrs.as_ptr() as u64,
+        others.as_ptr() as u64,
+        status.as_mut_ptr() as u64,
+        MOVE,
+    ];
+    sys::syscall(libc::SYS_move_pages, &a)?;
+    ensure!(
+        status.iter().all(|s| *s == -libc::EACCES),
+        "move_pages did not refuse a page that others map: {:?}",
+        status.iter().find(|s| **s != -libc::EACCES)
+    );
+    ensure!(nodes_of(&t)? == before, "move_pages moved pages of others");
+    let bind: Remote = |a, _| {
+        const MPOL_BIND: u64 = 2;
+        let mask = a[2];
+        let args = [a[0], a[1], MPOL_BIND, &mask as *const u64 as u64, 64, MOVE];
+        (flat(sys::syscall(libc::SYS_mbind, &args)), vec![])
+    };
+    for node in [1, 0] {
+        let (r, _) = t
+            .peer(0)
+            .call(bind, &[t.at(0, 0), 2 * GRANULE, 1 << node], &[])?;
+        ensure_eq!(r, 0, "mbind");
+        ensure!(nodes_of(&t)? == before, "mbind moved pages of others");
+    }
+    t.verify_all()?;
+    t.coherent()
+}
+
 /// migrate_pages(2) of one process moves what it shares, and nobody loses content.
 fn migrate_pages_of_a_process(ctx: &Ctx) -> Res {
     two_nodes()?;
@@ -769,6 +840,65 @@ fn migrate_pages_of_a_process(ctx: &Ctx) -> Res {
         t.coherent()?;
     }
     Ok(())
+}
+
+/// A page comes back from migration with the protection of the mapping through which it is found.
+/// One that is being made writable meanwhile must not lend that to the readers it shared with.
+fn readers_stay_readers_during_migration(ctx: &Ctx) -> Res {
+    two_nodes()?;
+    ctx.opt_in()?;
+    const MOVE_ALL: u64 = 4;
+    let mut t = Team::untouched(ctx, sys::memfd(0)?, 0, 1)?;
+    t.model.fill(&t.fd, 0..GRANULE_PAGES)?;
+    for _ in 0..3 {
+        let peer = Peer::spawn()?;
+        let addr = peer.map(&t.fd, 0, GRANULE, sys::RO)?;
+        t.members.push(Member { peer, addr });
+    }
+    t.touch_all()?;
+    t.expect_all(1)?;
+    let toggle: Remote = |a, _| {
+        let end = Instant::now() + Duration::from_millis(a[1]);
+        while Instant::now() < end {
+            for prot in [RW, sys::RO] {
+                let r = sys::syscall(libc::SYS_mprotect, &[a[0], GRANULE, prot]);
+                if r.is_err() || sys::load64(a[0]).is_err() {
+                    return (1, vec![]);
+                }
+            }
+        }
+        (0, vec![])
+    };
+    let time = ctx.duration(2, 30);
+    let end = Instant::now() + time;
+    t.peer(0)
+        .start(toggle, &[t.at(0, 0), time.as_millis() as u64], &[])?;
+    let addrs: Vec<u64> = (0..GRANULE_PAGES).map(|p| t.at(1, p)).collect();
+    for node in [1i32, 0].into_iter().cycle() {
+        if Instant::now() > end {
+            break;
+        }
+        let nodes = vec![node; addrs.len()];
+        let mut status = vec![0i32; addrs.len()];
+        let a = [
+            t.peer(1).pid as u64,
+            addrs.len() as u64,
+            addrs.as_ptr() as u64,
+            nodes.as_ptr() as u64,
+            status.as_mut_ptr() as u64,
+            MOVE_ALL,
+        ];
+        sys::syscall(libc::SYS_move_pages, &a)?;
+        for page in (0..GRANULE_PAGES).step_by(37) {
+            let got = t.peer(2).store(t.at(2, page), 0xbad)?;
+            ensure!(
+                matches!(got, Err(f) if f.signal == libc::SIGSEGV && f.code == sys::SEGV_ACCERR),
+                "a reader's store to page {page}: {got:?}"
+            );
+        }
+    }
+    ensure_eq!(t.peer(0).finish()?.0, 0, "mprotect");
+    t.verify_all()
 }
 
 /// NUMA balancing at its liveliest, for processes that are made from now on. Where its pace cannot be set a
@@ -994,6 +1124,47 @@ fn collapse_by_process_madvise(ctx: &Ctx) -> Res {
     t.coherent()
 }
 
+/// A huge folio whose pages all map one by one, through shared tables, until one process has
+/// MADV_COLLAPSE map it whole for itself: the others keep their tables.
+fn collapse_of_a_huge_page_mapped_small(ctx: &Ctx) -> Res {
+    const DIR: &str = "/sys/kernel/mm/transparent_hugepage";
+    ctx.opt_in()?;
+    let _s = Setting::set(&format!("{DIR}/shmem_enabled"), "always")?;
+    let huge_folios = || kernel::kb_field("/proc/meminfo", "ShmemHugePages").unwrap_or(0);
+    let before = huge_folios();
+    let mut t = Team::untouched(ctx, sys::memfd(0)?, 0, 3)?;
+    t.model.fill(&t.fd, 0..pages(3))?;
+    if huge_folios() < before + 3 * 2048 {
+        skip!("no huge pages to be had for shmem");
+    }
+    for _ in 0..3 {
+        let peer = Peer::spawn()?;
+        let addr = peer.place(0, 3 * GRANULE)?;
+        peer.mmap(addr, 3 * GRANULE, RW, SHARED | FIXED, t.raw(), 0)??;
+        peer.madvise(addr, 3 * GRANULE, libc::MADV_NOHUGEPAGE)??;
+        t.members.push(Member { peer, addr });
+    }
+    t.touch_all()?;
+    t.expect_all(3)?;
+    ensure_eq!(huge_kb(&t, 0)?, 0, "ShmemPmdMapped before");
+    t.peer(0)
+        .madvise(t.granule(0, 1), GRANULE, libc::MADV_HUGEPAGE)??;
+    let mut r = Err(Errno(libc::EAGAIN));
+    for _ in 0..20 {
+        r = t.peer(0).madvise(t.granule(0, 1), GRANULE, MADV_COLLAPSE)?;
+        match r {
+            Err(Errno(libc::EAGAIN | libc::EBUSY)) => std::thread::sleep(Duration::from_millis(50)),
+            _ => break,
+        }
+    }
+    ensure!(r.is_ok(), "MADV_COLLAPSE where a huge page is: {r:?}");
+    ensure_eq!(huge_kb(&t, 0)?, 2048, "ShmemPmdMapped afterwards");
+    t.expect_left(1)?;
+    t.verify_all()?;
+    t.coherent()?;
+    t.expect_left(1)
+}
+
 /// khugepaged does the same in the background.
 fn collapse_by_khugepaged(ctx: &Ctx) -> Res {
     const DIR: &str = "/sys/kernel/mm/transparent_hugepage";
@@ -1054,12 +1225,8 @@ fn soft_offline(ctx: &Ctx) -> Res {
     t.expect_all(2)
 }
 
-/// A poisoned page: every sharer that touches it gets SIGBUS, the neighbours are fine, and
-/// punching the page out heals the file. A process's own mark of the poison goes when it drops its
-/// view, and does not come back from a table that others still use.
-fn hwpoison(ctx: &Ctx) -> Res {
-    let mut t = Team::new(ctx, 3, 2)?;
-    let page = GRANULE_PAGES + 9;
+/// Has a process of its own declare a page of the file failed memory.
+pub fn poison(t: &Team, page: u64) -> Res {
     let injector = Peer::spawn()?;
     let addr = injector.map(&t.fd, page * PAGE, PAGE, RW)?;
     injector.touch(addr, 1)?;
@@ -1084,6 +1251,16 @@ fn hwpoison(ctx: &Ctx) -> Res {
         // Killed by the signal, or answered.
         _ => drop(injector),
     }
+    Ok(())
+}
+
+/// A poisoned page: every sharer that touches it gets SIGBUS, the neighbours are fine, and
+/// punching the page out heals the file. A process's own mark of the poison goes when it drops its
+/// view, and does not come back from a table that others still use.
+fn hwpoison(ctx: &Ctx) -> Res {
+    let mut t = Team::new(ctx, 3, 2)?;
+    let page = GRANULE_PAGES + 9;
+    poison(&t, page)?;
     for i in 0..3 {
         let got = t.peer(i).load(t.at(i, page))?;
         ensure!(

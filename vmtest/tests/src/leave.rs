@@ -37,6 +37,7 @@ group!("leave";
     mremap_duplicate_of_old_size_zero,
     madvise_dontneed_whole_granule,
     madvise_dontneed_pages,
+    madvise_dontneed_alone,
     madvise_cold_and_pageout,
     madvise_free_is_refused,
     madvise_remove,
@@ -47,6 +48,7 @@ group!("leave";
     madvise_hugepage_nohugepage,
     madvise_willneed_random_sequential,
     madvise_dontdump_splits,
+    madvise_dontdump_moves_the_border,
     madvise_guard_install,
     mlock_granule,
     mlock_part_and_munlock,
@@ -59,6 +61,7 @@ group!("leave";
     userfaultfd_wp,
     userfaultfd_events,
     soft_dirty,
+    soft_dirty_and_untracked_become_one,
     pagemap_scan_write_protect,
     remap_file_pages_call,
     two_threads_leave_at_once,
@@ -556,6 +559,19 @@ fn madvise_dontneed_pages(ctx: &Ctx) -> Res {
     t.coherent()
 }
 
+/// MADV_DONTNEED by the only process that uses the tables leaves nothing in the way of sharing with
+/// those who come later.
+fn madvise_dontneed_alone(ctx: &Ctx) -> Res {
+    let mut t = Team::new(ctx, 1, 2)?;
+    t.peer(0)
+        .madvise(t.at(0, 0), 2 * GRANULE, libc::MADV_DONTNEED)??;
+    t.expect(0, 0)?;
+    t.join()?;
+    t.peer(1).touch(t.at(1, 0), pages(2))?;
+    t.coherent()?;
+    t.expect_all(2)
+}
+
 /// MADV_COLD and MADV_PAGEOUT are hints: no content changes.
 fn madvise_cold_and_pageout(ctx: &Ctx) -> Res {
     let mut t = scene(ctx)?;
@@ -712,6 +728,21 @@ fn madvise_dontdump_splits(ctx: &Ctx) -> Res {
     t.coherent()
 }
 
+/// MADV_DONTDUMP of what follows such a part moves the border between the two mappings: into a
+/// granule, which leaves, out of another one.
+fn madvise_dontdump_moves_the_border(ctx: &Ctx) -> Res {
+    let mut t = scene(ctx)?;
+    let cut = GRANULE_PAGES + 9;
+    t.peer(0)
+        .madvise(t.at(0, 0), cut * PAGE, libc::MADV_DONTDUMP)??;
+    t.expect_left(1)?;
+    t.peer(0)
+        .madvise(t.at(0, cut), GRANULE, libc::MADV_DONTDUMP)??;
+    t.expect_left(2)?;
+    t.coherent()?;
+    t.expect_left(1)
+}
+
 /// MADV_GUARD_INSTALL (where the kernel has it for files): own view only.
 fn madvise_guard_install(ctx: &Ctx) -> Res {
     let mut t = scene(ctx)?;
@@ -754,7 +785,8 @@ fn mlock_granule(ctx: &Ctx) -> Res {
         Some(0),
         "VmLck after munlock"
     );
-    t.coherent()
+    t.coherent()?;
+    t.expect_all(3)
 }
 
 /// mlock of some pages splits the mapping inside the granule.
@@ -765,7 +797,8 @@ fn mlock_part_and_munlock(ctx: &Ctx) -> Res {
     t.expect_left(1)?;
     t.coherent()?;
     t.peer(0).syscall(libc::SYS_munlock, &[at, len])??;
-    t.coherent()
+    t.coherent()?;
+    t.expect_all(3)
 }
 
 /// mlock2(MLOCK_ONFAULT): leaves too.
@@ -789,7 +822,8 @@ fn mlockall_current(ctx: &Ctx) -> Res {
     t.coherent()?;
     t.expect_left(3)?;
     t.peer(0).syscall(libc::SYS_munlockall, &[])??;
-    t.coherent()
+    t.coherent()?;
+    t.expect_all(3)
 }
 
 /// A mapping that is cut inside granules by mprotect and made whole again by the reverse: every
@@ -817,8 +851,10 @@ fn split_inside_granule_then_merge(ctx: &Ctx) -> Res {
 
 // ---- userfaultfd ----
 
-const UFFDIO_API: u64 = 0xc018_aa3f;
-const UFFDIO_REGISTER: u64 = 0xc020_aa00;
+/// Its request UFFDIO_API.
+pub const UFFDIO_API: u64 = 0xc018_aa3f;
+/// Its request UFFDIO_REGISTER.
+pub const UFFDIO_REGISTER: u64 = 0xc020_aa00;
 /// Of userfaultfd's interface.
 pub const UFFDIO_UNREGISTER: u64 = 0x8010_aa01;
 /// Of userfaultfd's interface.
@@ -962,6 +998,7 @@ fn userfaultfd_missing_unregister(ctx: &Ctx) -> Res {
     u.ioctl(UFFDIO_UNREGISTER, &mut [t.at(0, 0), 3 * GRANULE])?;
     t.model.punch(&t.fd, 5..9)?;
     t.coherent()?;
+    t.expect_all(3)?;
     map_anew(&t)?;
     t.touch_all()?;
     t.expect_all(3)
@@ -1088,6 +1125,7 @@ fn soft_dirty(ctx: &Ctx) -> Res {
     t.store(1, 2)?;
     t.store(2, GRANULE_PAGES + 3)?;
     t.verify(0, 0..pages(3))?;
+    t.expect(0, 0)?;
     ensure_eq!(
         dirty(&t)?,
         vec![],
@@ -1110,6 +1148,29 @@ fn soft_dirty(ctx: &Ctx) -> Res {
     t.store(0, 4)?;
     ensure_eq!(dirty(&t)?, vec![4], "soft-dirty pages after one store");
     t.verify_all()
+}
+
+/// A tracked mapping and one that is not merge into one that is tracked: what the second shared
+/// until then it leaves.
+fn soft_dirty_and_untracked_become_one(ctx: &Ctx) -> Res {
+    if !soft_dirty_works()? {
+        skip!("no soft-dirty tracking in this kernel");
+    }
+    let mut t = scene(ctx)?;
+    let p = Peer::spawn()?;
+    let a = p.place(0, 3 * GRANULE)?;
+    p.mmap(a, GRANULE, RW, SHARED | FIXED, t.raw(), 0)??;
+    p.madvise(a, GRANULE, libc::MADV_DONTDUMP)??;
+    std::fs::write(format!("/proc/{}/clear_refs", p.pid), "4")?;
+    let rest = a + GRANULE;
+    p.mmap(rest, 2 * GRANULE, RW, SHARED | FIXED, t.raw(), GRANULE)??;
+    p.touch(a, pages(3))?;
+    crate::team::expect_tables(ctx, &p, 2)?;
+    p.madvise(a, GRANULE, libc::MADV_DODUMP)??;
+    crate::team::expect_tables(ctx, &p, 0)?;
+    t.coherent()?;
+    t.model.verify_mapped(&p, a, 0..pages(3))?;
+    crate::team::expect_tables(ctx, &p, 0)
 }
 
 /// Whether a store to a private page of our own sets the bit.

@@ -432,6 +432,11 @@ impl Cgroup {
         fs::write(self.dir.join("memory.reclaim"), bytes.to_string()).ok();
     }
 
+    /// The path of a file of the cgroup.
+    pub fn path(&self, file: &str) -> String {
+        self.dir.join(file).to_string_lossy().into_owned()
+    }
+
     /// Writes a file of the cgroup.
     pub fn write(&self, file: &str, text: &str) -> Res {
         Ok(fs::write(self.dir.join(file), text)?)

@@ -21,6 +21,7 @@ group!("mapspt";
     without_map_shared,
     hugetlb_is_refused,
     device_files_are_refused,
+    secret_memory_is_refused,
     bad_length_and_offset,
     misaligned_length_and_offset,
     misaligned_fixed_address,
@@ -185,6 +186,23 @@ fn device_files_are_refused(ctx: &Ctx) -> Res {
     Ok(())
 }
 
+/// Row 2: memory that looks like a file but is in no page cache.
+fn secret_memory_is_refused(ctx: &Ctx) -> Res {
+    ctx.need_feature()?;
+    let fd = match sys::syscall(libc::SYS_memfd_secret, &[0]) {
+        Err(Errno(libc::ENOSYS)) => skip!("no memfd_secret in this kernel"),
+        fd => crate::harness::own(fd?),
+    };
+    sys::ftruncate(&fd, GRANULE)?;
+    refused(
+        "a file of memfd_secret",
+        try_map(GRANULE, SPT, fd.as_raw_fd(), 0),
+        libc::EINVAL,
+    )?;
+    try_map(GRANULE, SHARED, fd.as_raw_fd(), 0)?;
+    Ok(())
+}
+
 /// Row 3: len = 0 and an offset that is not page aligned.
 fn bad_length_and_offset(ctx: &Ctx) -> Res {
     ctx.need_feature()?;
@@ -212,6 +230,7 @@ fn misaligned_length_and_offset(ctx: &Ctx) -> Res {
     for (len, off) in [
         (PAGE, 0),
         (GRANULE - PAGE, 0),
+        (GRANULE - 1, 0),
         (GRANULE + PAGE, 0),
         (GRANULE + 1, 0),
         (1, 0),
@@ -492,6 +511,22 @@ fn mremap_shrink_and_grow(ctx: &Ctx) -> Res {
     // Something in the way, so that growing must move.
     t.peer(0)
         .mmap(a + GRANULE, PAGE, RW, PRIVATE | ANON | FIXED, -1, 0)??;
+    // And where any mapping of that size would go, a page, so that no lucky address is left.
+    loop {
+        let any = t.peer(0).mmap(0, 3 * GRANULE, RW, SHARED, t.raw(), 0)??;
+        t.peer(0).munmap(any, 3 * GRANULE)?;
+        if any % GRANULE != 0 {
+            break;
+        }
+        t.peer(0).mmap(
+            any + 3 * GRANULE - PAGE,
+            PAGE,
+            RW,
+            PRIVATE | ANON | FIXED,
+            -1,
+            0,
+        )??;
+    }
     let b = t.peer(0).syscall(
         libc::SYS_mremap,
         &[a, GRANULE, 3 * GRANULE, libc::MREMAP_MAYMOVE as u64],

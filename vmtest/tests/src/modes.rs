@@ -24,6 +24,7 @@ group!("modes";
     opt_in_shares_only_who_asked,
     opt_in_then_out_again,
     always_shares_without_asking,
+    changed_mode_reaches_everybody,
     unsupported_prctl_is_einval,
 );
 
@@ -266,6 +267,8 @@ fn opt_in_then_out_again(ctx: &Ctx) -> Res {
     let mut t = Team::new(ctx, 2, 2)?;
     let p = t.peer(0);
     p.syscall(libc::SYS_prctl, &[PR_SET_PTSHARE, 0])??;
+    t.expect(0, 0)?;
+    t.expect(1, 2)?;
     p.munmap(t.at(0, 0), 2 * GRANULE)?;
     let addr = p.map(&t.fd, 0, 2 * GRANULE, RW)?;
     p.touch(addr, pages(2))?;
@@ -285,6 +288,20 @@ fn always_shares_without_asking(ctx: &Ctx) -> Res {
     t.touch_all()?;
     t.expect_all(2)?;
     t.coherent()
+}
+
+/// 1.1: a change of the mode is for the processes that run already: they stop sharing, and begin.
+fn changed_mode_reaches_everybody(ctx: &Ctx) -> Res {
+    ctx.need_feature()?;
+    let _m = Mode::set(1)?;
+    let mut t = Team::new(ctx, 3, 2)?;
+    kernel::set_mode(0)?;
+    t.expect_all(0)?;
+    t.coherent()?;
+    t.expect_all(0)?;
+    kernel::set_mode(1)?;
+    t.coherent()?;
+    t.expect_all(2)
 }
 
 /// On a kernel without the feature the prctl numbers are free, which is how programs detect it.

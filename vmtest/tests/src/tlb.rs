@@ -22,10 +22,12 @@ group!("tlb";
     loads_during_truncate(120),
     loads_during_punch(120),
     loads_during_reclaim(180),
+    loads_during_punch_and_reclaim(180),
     loads_during_collapse(120),
     loads_during_migration(120),
     loads_during_invalidation(120),
     loads_by_readers_and_writers(120),
+    loads_during_memory_failure,
     stores_during_punch(120),
     stores_during_truncate(120),
     stores_during_reclaim(180),
@@ -44,39 +46,44 @@ group!("tlb";
 
 /// What spinner and test process tell each other. Zero-initialised shared memory.
 #[repr(C)]
-struct Board {
+pub struct Board {
     /// The newest generation that is complete; the spinner must see it or a newer one.
-    published: AtomicU64,
+    pub published: AtomicU64,
     /// Accesses done by the spinner so far.
-    done: AtomicU64,
+    pub done: AtomicU64,
     /// The last value a storing spinner has stored.
-    stored: AtomicU64,
+    pub stored: AtomicU64,
     /// Accesses that faulted.
-    faults: AtomicU64,
-    /// First violation: what was seen, and what should have been at least; 0 while there is none.
-    seen: AtomicU64,
-    wanted: AtomicU64,
-    stop: AtomicU64,
+    pub faults: AtomicU64,
+    /// First violation: what was seen, older than it should have been; 0 while there is none.
+    pub seen: AtomicU64,
+    /// What should have been seen.
+    pub wanted: AtomicU64,
+    /// Set when the spinner is to end.
+    pub stop: AtomicU64,
 }
 
-fn board() -> Res<&'static Board> {
+/// A new one, which processes have that are started later.
+pub fn board() -> Res<&'static Board> {
     let a = sys::mmap(0, PAGE, RW, SHARED | ANON, -1, 0)?;
     Ok(board_at(a))
 }
 
-fn board_at(addr: u64) -> &'static Board {
+/// The one at this address.
+pub fn board_at(addr: u64) -> &'static Board {
     // SAFETY: callers pass the address of a page that stays mapped and holds only atomics, for
     // which zeros are valid.
     unsafe { &*(addr as *const Board) }
 }
 
-fn address(b: &'static Board) -> u64 {
+/// Its address.
+pub fn address(b: &'static Board) -> u64 {
     b as *const Board as u64
 }
 
 /// Loads from one word for ever. Arguments: board, address, cpu. Zero and SIGBUS are answers too:
 /// the page may be out just now.
-const LOADER: Remote = |a, _| {
+pub const LOADER: Remote = |a, _| {
     let (b, addr) = (board_at(a[0]), a[1]);
     sys::pin_to_cpu(a[2] as usize);
     while b.stop.load(SeqCst) == 0 {
@@ -119,7 +126,7 @@ const STORER: Remote = |a, _| {
 };
 
 /// Waits until the spinners have done `n` more accesses.
-fn let_run(b: &Board, n: u64) -> Res {
+pub fn let_run(b: &Board, n: u64) -> Res {
     let from = b.done.load(SeqCst);
     let deadline = Instant::now() + Duration::from_secs(20);
     while b.done.load(SeqCst) < from + n {
@@ -135,7 +142,8 @@ fn let_run(b: &Board, n: u64) -> Res {
     Ok(())
 }
 
-fn stop(b: &Board, spinners: &[&Peer]) -> Res {
+/// Ends spinners, which must not have seen anything old.
+pub fn stop(b: &Board, spinners: &[&Peer]) -> Res {
     b.stop.store(1, SeqCst);
     for p in spinners {
         let (r, _) = p.finish()?;
@@ -236,6 +244,63 @@ fn collapse_second_granule(fd: &impl AsRawFd) -> Res<bool> {
     Ok(r.is_ok())
 }
 
+/// A hole at a page that reclaim may have just taken out, its flush still to come: once the hole is
+/// there nobody sees what was in the page. Reclaim and hole are made on one CPU, so that the loader's
+/// has nothing to drop its translation for.
+fn loads_during_punch_and_reclaim(ctx: &Ctx) -> Res {
+    ctx.opt_in()?;
+    let swap = Swap::on(128)?;
+    let group = Cgroup::enter()?;
+    let (b, page) = (board()?, 3);
+    let fd = sys::memfd(GRANULE)?;
+    sys::pin_to_cpu(0);
+    let reclaim: Remote = |a, path| {
+        let b = board_at(a[0]);
+        sys::pin_to_cpu(0);
+        let Ok(file) = std::fs::OpenOptions::new()
+            .write(true)
+            .open(String::from_utf8_lossy(path).as_ref())
+        else {
+            return (3, vec![]);
+        };
+        while b.stop.load(SeqCst) == 0 {
+            // Fails when less could be reclaimed.
+            sys::pwrite(&file, b"1048576", 0).ok();
+        }
+        (0, vec![])
+    };
+    let peers = [Peer::spawn()?, Peer::spawn()?, Peer::spawn()?];
+    let mut at = vec![];
+    for p in &peers[..2] {
+        let addr = p.map(&fd, 0, GRANULE, RW)?;
+        p.touch(addr, 1)?;
+        crate::team::expect_tables(ctx, p, 1)?;
+        at.push(addr);
+    }
+    // Not the one through whose mapping, the first, reclaim finds the page: of that one mm it is
+    // remembered that a flush is due.
+    let [_, loader, reclaimer] = &peers;
+    sys::pwrite(&fd, &1u64.to_ne_bytes(), page * PAGE)?;
+    loader.start(LOADER, &[address(b), at[1] + page * PAGE, 1], &[])?;
+    let path = group.path("memory.reclaim");
+    reclaimer.start(reclaim, &[address(b)], path.as_bytes())?;
+    let mut dice = crate::ops::Dice::new(ctx.seed);
+    let (end, mut generation, mut out) = (Instant::now() + ctx.duration(3, 30), 1, 0);
+    while Instant::now() < end || generation < 4 {
+        let_run(b, 20)?;
+        std::thread::sleep(Duration::from_micros(dice.below(20_000)));
+        out = out.max(swap.used_pages());
+        sys::punch(&fd, page * PAGE, PAGE)?;
+        generation += 1;
+        b.published.store(generation, SeqCst);
+        let_run(b, 20)?;
+        sys::pwrite(&fd, &u64::to_ne_bytes(generation), page * PAGE)?;
+    }
+    stop(b, &[loader, reclaimer])?;
+    ensure!(out > 0, "nothing was ever swapped out");
+    Ok(())
+}
+
 /// Collapse into a huge folio and back.
 fn loads_during_collapse(ctx: &Ctx) -> Res {
     let mut collapsed = 0;
@@ -320,6 +385,35 @@ fn loads_by_readers_and_writers(ctx: &Ctx) -> Res {
         }
         Ok(())
     })
+}
+
+/// Memory failure takes a page away: from when that is done each load of a sharer that runs on
+/// another CPU is a SIGBUS.
+fn loads_during_memory_failure(ctx: &Ctx) -> Res {
+    let b = board()?;
+    let t = Team::new(ctx, 2, 2)?;
+    sys::pin_to_cpu(0);
+    for page in [GRANULE_PAGES + 3, GRANULE_PAGES + 40, 7] {
+        b.stop.store(0, SeqCst);
+        let p = Peer::spawn()?;
+        let addr = p.map(&t.fd, 0, 2 * GRANULE, RW)?;
+        p.touch(addr, GRANULE_PAGES)?;
+        crate::team::expect_tables(ctx, &p, 2)?;
+        p.start(LOADER, &[address(b), addr + page * PAGE, 1], &[])?;
+        let_run(b, 50)?;
+        crate::inplace::poison(&t, page)?;
+        // The first may have begun before.
+        let_run(b, 2)?;
+        let from = b.faults.load(SeqCst);
+        let_run(b, 3)?;
+        ensure!(
+            b.faults.load(SeqCst) > from,
+            "loads from the page go through after it has failed"
+        );
+        stop(b, &[&p])?;
+        sys::punch(&t.fd, page * PAGE, PAGE)?;
+    }
+    Ok(())
 }
 
 /// A storer runs while `change` takes the page out: what it stores afterwards must be in the file.

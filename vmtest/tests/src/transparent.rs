@@ -253,24 +253,33 @@ fn different_offsets(ctx: &Ctx) -> Res {
 fn unaligned_head_and_tail(ctx: &Ctx) -> Res {
     ctx.opt_in()?;
     let mut t = Team::new(ctx, 2, 4)?;
-    let ragged = Peer::spawn()?;
     // From page 3 to page 3 of the last granule: whole are granules 1 and 2.
     let (first, end) = (3, pages(3) + 3);
-    let addr = ragged.map(&t.fd, first * PAGE, (end - first) * PAGE, RW)?;
-    ragged.touch(addr, end - first)?;
-    expect_tables(ctx, &ragged, 2)?;
-    for page in [
-        first,
-        GRANULE_PAGES - 1,
-        GRANULE_PAGES,
-        pages(3) - 1,
-        pages(3),
-        end - 1,
-    ] {
-        t.model.store(&ragged, addr + (page - first) * PAGE, page)?;
+    let len = (end - first) * PAGE;
+    // Where the kernel likes, and where nothing else is in the granules of head and tail.
+    for alone in [false, true] {
+        let ragged = Peer::spawn()?;
+        let (place, fixed) = match alone {
+            true => (ragged.place(first * PAGE, len)?, FIXED),
+            false => (0, 0),
+        };
+        let addr = ragged.mmap(place, len, RW, SHARED | fixed, t.raw(), first * PAGE)??;
+        ragged.touch(addr, end - first)?;
+        expect_tables(ctx, &ragged, 2)?;
+        for page in [
+            first,
+            GRANULE_PAGES - 1,
+            GRANULE_PAGES,
+            pages(3) - 1,
+            pages(3),
+            end - 1,
+        ] {
+            t.model.store(&ragged, addr + (page - first) * PAGE, page)?;
+        }
+        t.coherent()?;
+        t.model.verify_mapped(&ragged, addr, first..end)?;
     }
-    t.coherent()?;
-    t.model.verify_mapped(&ragged, addr, first..end)
+    Ok(())
 }
 
 /// A fixed address that is not congruent with the offset maps as always, without sharing.
@@ -377,7 +386,8 @@ fn sparse_file_shares_and_fills(ctx: &Ctx) -> Res {
 fn not_private(ctx: &Ctx) -> Res {
     let mut t = Team::new(ctx, 2, 2)?;
     let p = Peer::spawn()?;
-    let addr = p.mmap(0, 2 * GRANULE, RW, PRIVATE, t.raw(), 0)??;
+    let addr = p.place(0, 2 * GRANULE)?;
+    p.mmap(addr, 2 * GRANULE, RW, PRIVATE | FIXED, t.raw(), 0)??;
     p.touch(addr, pages(2))?;
     expect_tables(ctx, &p, 0)?;
     let mut own_view = t.model.clone();
@@ -459,6 +469,8 @@ fn not_pmd_folio(ctx: &Ctx) -> Res {
         "/sys/kernel/mm/transparent_hugepage/shmem_enabled",
         "advise",
     )?;
+    let huge_pages = || kernel::kb_field("/proc/meminfo", "ShmemHugePages").unwrap_or(0);
+    let before = huge_pages();
     let fd = sys::memfd(3 * GRANULE)?;
     let mut model = Model::new(ctx.seed, pages(3));
     let peers = [Peer::spawn()?, Peer::spawn()?];
@@ -476,11 +488,16 @@ fn not_pmd_folio(ctx: &Ctx) -> Res {
     for (p, a) in peers.iter().zip(&at) {
         p.touch(*a, pages(3))?;
     }
+    if huge_pages() < before + 2048 {
+        crate::skip!("this kernel gave no huge page for shmem");
+    }
     for (p, a) in peers.iter().zip(&at) {
         let smaps = kernel::smaps_of(p.pid, a + GRANULE)?;
-        if kernel::kb_in(&smaps, "ShmemPmdMapped") != Some(2048) {
-            crate::skip!("this kernel gave no huge page for shmem");
-        }
+        ensure_eq!(
+            kernel::kb_in(&smaps, "ShmemPmdMapped"),
+            Some(2048),
+            "ShmemPmdMapped"
+        );
         expect_tables(ctx, p, 2)?;
         model.verify_mapped(p, *a, 0..pages(3))?;
     }
