@@ -7,7 +7,7 @@ use crate::kernel::{self, pagemap};
 use crate::machine::Cgroup;
 use crate::oracle::pages;
 use crate::sys::{self, GRANULE, GRANULE_PAGES};
-use crate::{ensure, ensure_eq, group};
+use crate::{ensure, ensure_eq, group, skip};
 use std::time::{Duration, Instant};
 
 group!("odf";
@@ -15,6 +15,8 @@ group!("odf";
     rss_after_every_step,
     pss_is_divided,
     exclusive_bit,
+    numa_maps_counts_processes,
+    oom_score_of_a_borrower,
     page_tables_are_not_made,
     page_tables_of_a_living_child,
     cgroup_pays_once,
@@ -187,6 +189,39 @@ fn exclusive_bit(ctx: &Ctx) -> Res {
     ensure_eq!(exclusive(&k)?, 2, "in the parent after both stored");
     child.peer.exit()?;
     ensure_eq!(exclusive(&k)?, pages(2), "alone again");
+    Ok(())
+}
+
+/// numa_maps says how many map the page that most do.
+fn numa_maps_counts_processes(ctx: &Ctx) -> Res {
+    let k = Kin::new(ctx, 2)?;
+    let child = k.child(ctx, 2)?;
+    let third = child.child(ctx, 2)?;
+    for who in [&k, &child, &third] {
+        let Ok(text) = std::fs::read_to_string(format!("/proc/{}/numa_maps", who.peer.pid)) else {
+            skip!("no numa_maps in this kernel")
+        };
+        let at = format!("{:x} ", who.base);
+        let line = text.lines().find(|l| l.starts_with(&at)).unwrap_or("none");
+        ensure!(line.split(' ').any(|w| w == "mapmax=3"), "{line}");
+    }
+    Ok(())
+}
+
+/// The OOM killer sees what a process borrows.
+fn oom_score_of_a_borrower(ctx: &Ctx) -> Res {
+    // A point of the score is some 6 MB.
+    let k = Kin::new(ctx, 32)?;
+    let child = k.child(ctx, 32)?;
+    let score =
+        |k: &Kin| -> Res<u64> { Ok(numbers(&format!("/proc/{}/oom_score", k.peer.pid))?[0]) };
+    let bare = Kin::bare(ctx, 1)?;
+    let (of_k, of_child, of_nobody) = (score(&k)?, score(&child)?, score(&bare)?);
+    ensure!(of_k >= of_nobody + 7, "scores {of_k} and {of_nobody}");
+    ensure!(
+        of_child + 1 >= of_k,
+        "a borrower's score is {of_child}, its parent's {of_k}"
+    );
     Ok(())
 }
 

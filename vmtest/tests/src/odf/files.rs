@@ -10,6 +10,7 @@ use crate::sys::{self, FIXED, GRANULE, GRANULE_PAGES, PAGE, PRIVATE, RW};
 use crate::{ensure_eq, group};
 use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::Ordering::SeqCst;
 
 group!("odf";
     private_file_memfd,
@@ -17,6 +18,9 @@ group!("odf";
     private_file_truncated,
     private_file_truncated_by_a_part_of_a_page,
     private_file_punched,
+    punched_pages_leave_the_tlb,
+    punched_pages_count_in_the_owner,
+    punched_poison_stays,
     private_file_written_back,
     private_file_untouched,
     granule_of_several_mappings,
@@ -213,6 +217,65 @@ fn private_file_punched(ctx: &Ctx) -> Res {
             crate::ensure!(since.copied > 0, "no table was copied");
         }
         diverge(&mut [&mut grandchild, &mut p.k, &mut child])?;
+    }
+    Ok(())
+}
+
+/// Pages go that are in the counters of one, through the mapping of another one, which comes first.
+fn punched_pages_count_in_the_owner(ctx: &Ctx) -> Res {
+    let p = Private::new(ctx, sys::memfd(0)?, 2)?;
+    let child = p.k.child(ctx, 2)?;
+    p.k.peer.munmap(p.k.at(0), GRANULE)?;
+    sys::punch(&p.fd, 0, 2 * GRANULE)?;
+    for who in [&p.k, &child] {
+        let path = format!("/proc/{}/status", who.peer.pid);
+        let left = crate::kernel::kb_field(&path, "RssShmem").unwrap_or(0) / 4;
+        // The counter lags by a batch for each CPU.
+        crate::ensure!(left < 130, "{left} pages in RssShmem after all are gone");
+    }
+    // Counters that are wrong the kernel complains of now.
+    p.k.peer.exit()?;
+    child.peer.exit()
+}
+
+/// A page of one's own that failed has failed, whatever becomes of the file.
+fn punched_poison_stays(ctx: &Ctx) -> Res {
+    let p = Private::new(ctx, sys::memfd(0)?, 2)?;
+    let child = p.k.child(ctx, 2)?;
+    let page = GRANULE_PAGES + 1;
+    crate::ensure!(own(page), "not a page of one's own");
+    super::madvise::poison(&p.k, page)?;
+    for _ in 0..2 {
+        // The first time while nobody has noticed yet: who does copies the table.
+        sys::punch(&p.fd, page * PAGE, PAGE)?;
+        for who in [&p.k, &child] {
+            who.faults(page, libc::SIGBUS, super::madvise::BUS_MCEERR_AR)?;
+        }
+    }
+    Ok(())
+}
+
+/// A hole in the file, while one of those who share the table reads there on another CPU.
+fn punched_pages_leave_the_tlb(ctx: &Ctx) -> Res {
+    use crate::tlb::{address, board, let_run, stop, LOADER};
+    sys::pin_to_cpu(0);
+    for by_child in [true, false] {
+        let b = board()?;
+        let p = Private::new(ctx, sys::memfd(0)?, 2)?;
+        let child = p.k.child(ctx, 2)?;
+        let one = if by_child { &child } else { &p.k };
+        // A page of the file, then one's own, which stays.
+        let page = GRANULE_PAGES + 2;
+        one.peer
+            .start(LOADER, &[address(b), one.at(page), 1], &[])?;
+        let_run(b, 50)?;
+        sys::punch(&p.fd, page * PAGE, PAGE)?;
+        // Nothing but zeros from now on.
+        b.published.store(u64::MAX, SeqCst);
+        let_run(b, 50)?;
+        stop(b, &[&one.peer])?;
+        // Whoever reads fills the hole for itself.
+        child.borrows(ctx, if by_child { 1 } else { 2 })?;
     }
     Ok(())
 }

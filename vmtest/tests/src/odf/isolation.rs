@@ -2,12 +2,14 @@
 //! come, and reading costs no table.
 
 use super::{diverge, verify_all, Events, Kin};
-use crate::harness::{Ctx, Res};
+use crate::harness::{own, Ctx, Res};
+use crate::machine::Ext4;
 use crate::oracle::pages;
-use crate::sys::{self, GRANULE, GRANULE_PAGES, PAGE, RO, RW};
-use crate::{ensure_eq, group};
+use crate::sys::{self, FIXED, GRANULE, GRANULE_PAGES, PAGE, PRIVATE, RO, RW};
+use crate::{ensure_eq, group, skip};
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use std::fs::OpenOptions;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 group!("odf";
     reading_shares,
@@ -25,6 +27,7 @@ group!("odf";
     proc_mem_writes,
     process_vm_writes,
     reads_from_outside,
+    uprobe_in_one,
 );
 
 /// Whoever only reads, however often, copies nothing and keeps sharing.
@@ -387,4 +390,44 @@ fn reads_from_outside(ctx: &Ctx) -> Res {
         look(&child, page)?;
     }
     verify_all(&[&k, &child])
+}
+
+/// A uprobe on a file that one process alone is traced for: the breakpoint is in its copy of the page.
+fn uprobe_in_one(ctx: &Ctx) -> Res {
+    let kind = std::fs::read_to_string("/sys/bus/event_source/devices/uprobe/type");
+    let Some(kind) = kind.ok().and_then(|t| t.trim().parse::<u64>().ok()) else {
+        skip!("no uprobes by perf_event_open");
+    };
+    const NOP: u64 = 0x90;
+    let (fs, at) = (Ext4::mount(16)?, 7 * PAGE);
+    let file: OwnedFd = fs.file("code")?.into();
+    sys::pwrite(&file, &vec![NOP as u8; GRANULE as usize], 0)?;
+    let mut path = fs.dir.join("code").into_os_string().into_encoded_bytes();
+    path.push(0);
+    for by_child in [true, false] {
+        let k = Kin::bare(ctx, 1)?;
+        k.peer
+            .mmap(k.base, GRANULE, RW, PRIVATE | FIXED, file.as_raw_fd(), 0)??;
+        k.peer.touch(k.base, GRANULE_PAGES)?;
+        // A page of its own, without which there is nothing that a fork would copy.
+        k.peer.store(k.base, NOP)??;
+        // What can be written is not probed.
+        k.must(libc::SYS_mprotect, &[k.base, GRANULE, RO])?;
+        let child = k.child(ctx, 1)?;
+        let (one, other) = if by_child { (&child, &k) } else { (&k, &child) };
+        // perf_event_attr: type and size, then config, of which bit 0 means a return; 64 and 72
+        // bytes in, config1 and config2, the path and the offset.
+        let mut attr = [0u64; 14];
+        (attr[0], attr[7], attr[8]) = (kind | (14 * 8) << 32, path.as_ptr() as u64, at);
+        let (pid, none) = (one.peer.pid as u64, u64::MAX);
+        let a = [attr.as_ptr() as u64, pid, none, none, 0];
+        let probe = own(sys::syscall(libc::SYS_perf_event_open, &a)?);
+        let byte = |k: &Kin| -> Res<u64> { Ok(k.peer.load(k.base + at)?? & 0xff) };
+        ensure_eq!(byte(one)?, 0xcc, "where the breakpoint is");
+        ensure_eq!(byte(other)?, NOP, "there, in the other process");
+        drop(probe);
+        ensure_eq!(byte(one)?, NOP, "there, without it");
+        ensure_eq!(byte(other)?, NOP, "there, in the other process, without it");
+    }
+    Ok(())
 }

@@ -21,6 +21,7 @@ group!("odf";
     dropped_granules_leave_the_tlb,
     free_is_ones_own,
     cold_and_pageout,
+    pageout_when_alone_again,
     remove_is_refused,
     populate,
     other_hints,
@@ -276,7 +277,7 @@ fn free_is_ones_own(ctx: &Ctx) -> Res {
     swap.off()
 }
 
-/// Hints about pages that others use as well.
+/// Hints about pages that others use as well: they stay.
 fn cold_and_pageout(ctx: &Ctx) -> Res {
     let swap = Swap::on(64)?;
     let mut k = Kin::new(ctx, 2)?;
@@ -289,6 +290,10 @@ fn cold_and_pageout(ctx: &Ctx) -> Res {
     ] {
         child.advise(range.clone(), advice)?;
         k.advise(range, advice)?;
+        for who in [&k, &child] {
+            let there = who.count(0..pages(2), pagemap::PRESENT)?;
+            ensure_eq!(there, pages(2), "pages present after a hint");
+        }
         verify_all(&[&k, &child])?;
     }
     diverge(&mut [&mut k, &mut child])?;
@@ -299,6 +304,18 @@ fn cold_and_pageout(ctx: &Ctx) -> Res {
     k.verify()?;
     k.fill(0..pages(2))?;
     k.advise(0..pages(2), libc::MADV_PAGEOUT)?;
+    k.verify()?;
+    swap.off()
+}
+
+/// Who is left alone with its memory, and has not written since, may have it paged out.
+fn pageout_when_alone_again(ctx: &Ctx) -> Res {
+    let swap = Swap::on(64)?;
+    let k = Kin::new(ctx, 2)?;
+    k.child(ctx, 2)?.peer.exit()?;
+    k.advise(0..pages(2), libc::MADV_PAGEOUT)?;
+    let out = k.count(0..pages(2), pagemap::SWAPPED)?;
+    ensure!(out > pages(1), "{out} pages are out");
     k.verify()?;
     swap.off()
 }
@@ -547,6 +564,14 @@ fn ksm_after_the_fork(ctx: &Ctx) -> Res {
     }
     ksm.scan(3)?;
     verify_all(&[&k, &child])?;
+    if ctx.sharing {
+        // Those of the first granule, which was copied.
+        let merged = Ksm::number("pages_sharing")?;
+        ensure!(
+            merged <= 200,
+            "{merged} pages, some of them in shared tables"
+        );
+    }
     k.store(same.end - 1)?;
     child.store(same.end - 2)?;
     ksm.scan(3)?;
@@ -698,7 +723,7 @@ fn huge_page_is_split_for_one(ctx: &Ctx) -> Res {
 
 const MADV_HWPOISON: i32 = 100;
 const MADV_SOFT_OFFLINE: i32 = 101;
-const BUS_MCEERR_AR: i32 = 4;
+pub(super) const BUS_MCEERR_AR: i32 = 4;
 
 /// The page moves away under all of them, with what it holds.
 fn soft_offline(ctx: &Ctx) -> Res {
@@ -722,25 +747,30 @@ fn soft_offline(ctx: &Ctx) -> Res {
     diverge(&mut [&mut k, &mut child])
 }
 
-/// Everybody that has the page gets SIGBUS, those who are forked later too; who drops it has zeros.
-fn hwpoison(ctx: &Ctx) -> Res {
-    let mut k = Kin::new(ctx, 2)?;
-    let mut child = k.child(ctx, 2)?;
+/// A page of the process fails.
+pub(super) fn poison(one: &Kin, page: u64) -> Res {
     let poison: Remote = |a, _| {
         // The kernel also signals the process that injects, of which the handler makes nothing.
         let r = sys::syscall(libc::SYS_madvise, &[a[0], PAGE, MADV_HWPOISON as u64]);
         sys::catch_faults();
         (flat(r), vec![])
     };
+    match one.peer.call(poison, &[one.at(page)], &[])?.0 {
+        0 => Ok(()),
+        r if r == -i64::from(libc::EINVAL) || r == -i64::from(libc::EPERM) => {
+            skip!("no memory failure injection in this kernel")
+        }
+        r => crate::fail!("MADV_HWPOISON: {}", Errno(-r as i32)),
+    }
+}
+
+/// Everybody that has the page gets SIGBUS, those who are forked later too; who drops it has zeros.
+fn hwpoison(ctx: &Ctx) -> Res {
+    let mut k = Kin::new(ctx, 2)?;
+    let mut child = k.child(ctx, 2)?;
     for (by_child, page) in [(true, 9), (false, GRANULE_PAGES + 9)] {
         let one = if by_child { &child } else { &k };
-        match one.peer.call(poison, &[one.at(page)], &[])?.0 {
-            0 => {}
-            r if r == -i64::from(libc::EINVAL) || r == -i64::from(libc::EPERM) => {
-                skip!("no memory failure injection in this kernel")
-            }
-            r => crate::fail!("MADV_HWPOISON: {}", Errno(-r as i32)),
-        }
+        poison(one, page)?;
         let mut grandchild = child.fork()?;
         let neighbours = |k: &Kin| -> Res {
             let g = page / GRANULE_PAGES * GRANULE_PAGES;

@@ -5,8 +5,8 @@ use super::{diverge, verify_all, Events, Kin};
 use crate::harness::{Ctx, Res};
 use crate::kernel::{self, pagemap};
 use crate::leave::{
-    soft_dirty_works, Uffd, EVENT_PAGEFAULT, FLAG_WP, MODE_MISSING, MODE_WP, UFFDIO_COPY,
-    UFFDIO_UNREGISTER, UFFDIO_WRITEPROTECT,
+    soft_dirty_works, Uffd, EVENT_PAGEFAULT, FLAG_WP, MODE_MISSING, MODE_WP, UFFDIO_API,
+    UFFDIO_COPY, UFFDIO_REGISTER, UFFDIO_UNREGISTER, UFFDIO_WRITEPROTECT,
 };
 use crate::oracle::{pages, STORE_PAGE};
 use crate::peer::{flat, unpack, Peer, Remote};
@@ -31,7 +31,9 @@ group!("odf";
     brk_shrinks_and_grows,
     stack_grows,
     splits_and_merges,
+    borders_that_a_flag_makes,
     mlock_after_the_fork,
+    mlock_onfault_after_the_fork,
     mlock_before_the_fork,
     mlockall_and_fork,
     uffd_missing_in_one,
@@ -39,6 +41,8 @@ group!("odf";
     uffd_before_the_fork,
     uffd_event_of_a_fork,
     uffd_moves_pages_of_one,
+    uffd_move_by_one,
+    mmu_notifier_in_one,
     soft_dirty_of_one,
     soft_dirty_before_the_fork,
     pagemap_scan_of_one,
@@ -465,6 +469,31 @@ fn splits_and_merges(ctx: &Ctx) -> Res {
     last.sees(0..3)
 }
 
+/// A flag makes a border inside a granule, and moves it into another one: each is copied then, not when
+/// something changes on either side.
+fn borders_that_a_flag_makes(ctx: &Ctx) -> Res {
+    for by_child in [true, false] {
+        let mut k = Kin::new(ctx, 3)?;
+        let mut child = k.child(ctx, 3)?;
+        let (one, other) = match by_child {
+            true => (&mut child, &mut k),
+            false => (&mut k, &mut child),
+        };
+        let before = Events::now();
+        for (copies, border) in [(1, GRANULE_PAGES + 100), (2, pages(2) + 50)] {
+            one.advise(0..border, libc::MADV_DONTDUMP)?;
+            before.expect(ctx, copies, 0)?;
+            verify_all(&[one, other])?;
+        }
+        for prot in [RO, RW] {
+            one.must(libc::SYS_mprotect, &[one.at(0), 3 * GRANULE, prot])?;
+            verify_all(&[one, other])?;
+        }
+        diverge(&mut [one, other])?;
+    }
+    Ok(())
+}
+
 // ---- locks ----
 
 fn locked_kb(k: &Kin) -> u64 {
@@ -492,6 +521,21 @@ fn mlock_after_the_fork(ctx: &Ctx) -> Res {
         ensure_eq!(locked_kb(one), 0, "VmLck at the end");
         let grandchild = one.child(ctx, 3)?;
         verify_all(&[one, other, &grandchild])?;
+    }
+    Ok(())
+}
+
+/// mlock2(MLOCK_ONFAULT) touches no page, and yet one's tables are one's own from then on.
+fn mlock_onfault_after_the_fork(ctx: &Ctx) -> Res {
+    for by_child in [true, false] {
+        let mut k = Kin::new(ctx, 3)?;
+        let mut child = k.child(ctx, 3)?;
+        let before = Events::now();
+        let one = if by_child { &child } else { &k };
+        one.must(libc::SYS_mlock2, &[one.at(0), 3 * GRANULE, 1])?;
+        before.expect(ctx, 3, 0)?;
+        verify_all(&[&k, &child])?;
+        diverge(&mut [&mut k, &mut child])?;
     }
     Ok(())
 }
@@ -580,6 +624,71 @@ fn uffd_missing_in_one(ctx: &Ctx) -> Res {
         u.ioctl(UFFDIO_UNREGISTER, &mut [one.at(GRANULE_PAGES), GRANULE])?;
         verify_all(&[one, other])?;
         diverge(&mut [one, other])?;
+    }
+    Ok(())
+}
+
+/// In a peer: UFFDIO_MOVE of a page, which only the process itself may do. Arguments: to, from.
+const UFFD_MOVE: Remote = |a, _| {
+    const FEATURE_MOVE: u64 = 1 << 16;
+    const UFFDIO_MOVE: u64 = 0xc028_aa05;
+    let moved = (|| {
+        let fd = sys::syscall(libc::SYS_userfaultfd, &[libc::O_CLOEXEC as u64])?;
+        let uffd = Uffd {
+            fd: crate::harness::own(fd),
+        };
+        uffd.ioctl(UFFDIO_API, &mut [0xaa, FEATURE_MOVE, 0])?;
+        uffd.ioctl(UFFDIO_REGISTER, &mut [a[0], PAGE, MODE_MISSING, 0])?;
+        uffd.ioctl(UFFDIO_MOVE, &mut [a[0], a[1], PAGE, 0, 0])
+    })();
+    (flat(moved.map(|()| 0)), vec![])
+};
+
+/// UFFDIO_MOVE takes a page away from one's own table only, and not while others have it.
+fn uffd_move_by_one(ctx: &Ctx) -> Res {
+    for by_child in [true, false] {
+        let mut k = Kin::new(ctx, 2)?;
+        let mut child = k.child(ctx, 2)?;
+        let (one, other) = match by_child {
+            true => (&mut child, &mut k),
+            false => (&mut k, &mut child),
+        };
+        let to = one.peer.mmap(0, PAGE, RW, PRIVATE | ANON, -1, 0)??;
+        let page = GRANULE_PAGES + 5;
+        let a = [to, one.at(page)];
+        let (r, _) = one.peer.call(UFFD_MOVE, &a, &[])?;
+        if r == -i64::from(libc::ENOSYS) {
+            crate::skip!("no userfaultfd in this kernel");
+        }
+        ensure_eq!(
+            r,
+            -i64::from(libc::EBUSY),
+            "UFFDIO_MOVE of what others have"
+        );
+        verify_all(&[one, other])?;
+        one.store(page)?;
+        let word = one.word(page);
+        ensure_eq!(one.peer.call(UFFD_MOVE, &a, &[])?.0, 0, "UFFDIO_MOVE");
+        ensure_eq!(one.peer.load(to)?, Ok(word), "the page that moved");
+        one.zero(page..page + 1);
+        verify_all(&[one, other])?;
+        diverge(&mut [one, other])?;
+    }
+    Ok(())
+}
+
+/// A virtual machine in one of them: that one has its tables for itself from then on, and what it forks
+/// shares none.
+fn mmu_notifier_in_one(ctx: &Ctx) -> Res {
+    for by_child in [true, false] {
+        let mut k = Kin::new(ctx, 3)?;
+        let mut child = k.child(ctx, 3)?;
+        let before = Events::now();
+        let one = if by_child { &mut child } else { &mut k };
+        crate::kvm::create(&one.peer)?;
+        before.expect(ctx, 3, 0)?;
+        one.child(ctx, 0)?.verify()?;
+        diverge(&mut [&mut k, &mut child])?;
     }
     Ok(())
 }
@@ -822,6 +931,15 @@ fn soft_dirty_before_the_fork(ctx: &Ctx) -> Res {
         dirty(&k)?,
         vec![7, 9, GRANULE_PAGES + 1, GRANULE_PAGES + 7],
         "in the parent after the child's end"
+    );
+    // Who begins to track its own writes does not disturb the other's tracking.
+    let other = k.child(ctx, 2)?;
+    clear(&other, "4")?;
+    ensure_eq!(dirty(&other)?, vec![], "in a child after clear_refs");
+    ensure_eq!(
+        dirty(&k)?,
+        vec![7, 9, GRANULE_PAGES + 1, GRANULE_PAGES + 7],
+        "in the parent after the child's clear_refs"
     );
     k.verify()
 }

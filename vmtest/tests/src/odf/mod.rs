@@ -14,6 +14,7 @@ mod madvise;
 mod maps;
 mod moves;
 mod pins;
+mod stale;
 mod swap;
 mod switch;
 mod tree;
@@ -43,6 +44,7 @@ pub fn tests() -> Vec<Test> {
         count::tests(),
         tree::tests(),
         moves::tests(),
+        stale::tests(),
         fuzz::tests(),
         fail::tests(),
     ]

@@ -20,6 +20,8 @@ group!("odf";
     swap_cache_is_reused(120),
     owner_leaves_first(120),
     borrower_leaves_first(120),
+    reclaim_counts_in_the_owner(120),
+    swapoff_of_what_was_out_before_the_fork(120),
     swap_counts(120),
     swap_counts_of_many(120),
     fault_around_swap_by_hint(120),
@@ -304,6 +306,52 @@ fn empty(pond: Pond) -> Res {
     pond.swap.off()
 }
 
+/// Pages go out that are in the counters of one, through the mapping of another one, which comes first;
+/// and pages that are in nobody's counters, for their owner has copied.
+fn reclaim_counts_in_the_owner(ctx: &Ctx) -> Res {
+    for copies in [false, true] {
+        let pond = Pond::new()?;
+        let mut k = Kin::new(ctx, 3)?;
+        let child = k.child(ctx, 3)?;
+        k.peer.munmap(k.at(0), GRANULE)?;
+        if copies {
+            k.fill(GRANULE_PAGES..pages(3))?;
+        }
+        pond.drain(&child)?;
+        for who in [&k, &child] {
+            let path = format!("/proc/{}/smaps_rollup", who.peer.pid);
+            let out = kernel::kb_field(&path, "Swap").unwrap_or(u64::MAX) / 4;
+            ensure_eq!(status(who)?.1, out, "VmSwap, and Swap in smaps");
+        }
+        child.verify()?;
+        k.sees(GRANULE_PAGES..pages(3))?;
+        // Counters that are wrong the kernel complains of now.
+        k.peer.exit()?;
+        child.peer.exit()?;
+        empty(pond)?;
+    }
+    Ok(())
+}
+
+/// A process that has nothing out but what was out when it was forked is found by swapoff.
+fn swapoff_of_what_was_out_before_the_fork(ctx: &Ctx) -> Res {
+    let swap = Swap::on(128)?;
+    let mut k = Kin::new(ctx, 2)?;
+    let out = |k: &Kin| k.count(0..pages(2), pagemap::SWAPPED);
+    let deadline = Instant::now() + Duration::from_secs(40);
+    while out(&k)? < pages(1) {
+        ensure!(Instant::now() < deadline, "{} pages are out", out(&k)?);
+        k.advise(0..pages(2), libc::MADV_PAGEOUT)?;
+    }
+    let mut child = k.child(ctx, 2)?;
+    let mut grandchild = child.child(ctx, 2)?;
+    swap.off()?;
+    for who in [&k, &child, &grandchild] {
+        ensure_eq!(out(who)?, 0, "pages out after swapoff");
+    }
+    diverge(&mut [&mut grandchild, &mut k, &mut child])
+}
+
 /// In status, in smaps and in the pagemap, for both, at every step.
 fn swap_counts(ctx: &Ctx) -> Res {
     let pond = Pond::new()?;
@@ -323,6 +371,11 @@ fn swap_counts(ctx: &Ctx) -> Res {
     check(&k, 0)?;
     check(&child, 0)?;
     pond.drain(&k)?;
+    for who in [&k, &child] {
+        let text = kernel::smaps_of(who.peer.pid, who.base)?;
+        let [all, part] = ["Swap", "SwapPss"].map(|f| kernel::kb_in(&text, f));
+        ensure_eq!(part.map(|kb| 2 * kb), all, "SwapPss, twice, and Swap");
+    }
     let others = |who: &Kin| -> Res<u64> {
         // What else of the process is out.
         let text = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", who.peer.pid))?;
