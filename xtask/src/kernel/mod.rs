@@ -5,8 +5,9 @@
 //! CACHE/kernel/6.12.117-1_deb12u1/   one directory per version of Debian's source
 //!     lock-FLAVOR                    held by whoever prepares or builds that flavor
 //!     pristine/                      the source as packaged; what `stock` is built from
-//!     patched/, patched-debug/       with series and overlay, for `release` and `debug`:
-//!                                    one each, so that a build holds nobody else up
+//!     patched/, patched-debug/, ...  with series and overlay, for `release` and `debug`:
+//!                                    one each, so that a build holds nobody else up;
+//!                                    patched-mutant/ has the mutations as well
 //!     out-FLAVOR/                    make's O= directory, kept for incremental builds
 //!     images/FLAVOR-KEY/             bzImage, config: finished, never changed again
 //!     build-FLAVOR.log               the last build's whole output
@@ -34,10 +35,15 @@ pub enum Flavor {
     Debug,
     /// `release` without the series
     Stock,
+    /// `release` in which a boot parameter takes out one handling of a path
+    Mutant,
 }
 
+/// What `mutant` has besides.
+const MUTATIONS: &str = "vmtest/mutations/mutant.patch";
+
 impl Flavor {
-    /// All of them, cheapest source tree first.
+    /// Those that stand for themselves, cheapest source tree first.
     pub const ALL: [Flavor; 3] = [Flavor::Stock, Flavor::Release, Flavor::Debug];
 
     /// The name on the command line and in the cache.
@@ -46,6 +52,7 @@ impl Flavor {
             Flavor::Release => "release",
             Flavor::Debug => "debug",
             Flavor::Stock => "stock",
+            Flavor::Mutant => "mutant",
         }
     }
 
@@ -59,8 +66,19 @@ impl Flavor {
         match self {
             Flavor::Release => Some("patched"),
             Flavor::Debug => Some("patched-debug"),
+            Flavor::Mutant => Some("patched-mutant"),
             Flavor::Stock => None,
         }
+    }
+
+    /// The patch that comes after series and overlay.
+    fn extra_patch(self) -> Option<&'static str> {
+        (self == Flavor::Mutant).then_some(MUTATIONS)
+    }
+
+    /// Prepares its source tree. The caller holds its lock.
+    fn prepare(self, source: &Source) -> Result<PathBuf> {
+        source.prepare(self.patched_tree(), self.extra_patch())
     }
 
     fn lock(self, source: &Source) -> Result<impl Drop> {
@@ -75,6 +93,7 @@ impl Flavor {
             Flavor::Release => &["base.config", "ptshare.config"],
             Flavor::Debug => &["base.config", "ptshare.config", "debug.config"],
             Flavor::Stock => &["base.config", "stock.config"],
+            Flavor::Mutant => &["base.config", "ptshare.config", "mutant.config"],
         }
     }
 }
@@ -105,7 +124,7 @@ impl Image {
 /// Subcommands of `./x kernel`.
 #[derive(Subcommand)]
 pub enum Command {
-    /// Build a kernel, or all three; nothing when nothing changed
+    /// Build a kernel, or stock, release and debug; nothing when nothing changed
     Build {
         /// Only this one
         #[arg(long)]
@@ -163,7 +182,7 @@ pub fn ensure(flavor: Flavor) -> Result<Image> {
         if image.complete() {
             return Ok(image);
         }
-        let tree = source.prepare(flavor.patched_tree())?;
+        let tree = flavor.prepare(&source)?;
         // The inputs may have changed while they were copied, and the image
         // must be what its key says.
         if self::image(flavor, &source, &tools)?.dir == image.dir {
@@ -190,7 +209,12 @@ pub fn path(flavor: Flavor) -> Result<Image> {
 pub fn source_tree(flavor: Flavor) -> Result<PathBuf> {
     let source = Source::find()?;
     let _lock = flavor.lock(&source)?;
-    source.prepare(flavor.patched_tree())
+    flavor.prepare(&source)
+}
+
+/// Fails if the mutations do not go onto the series and the overlay.
+pub fn check_mutations() -> Result<()> {
+    Source::find()?.check(MUTATIONS)
 }
 
 fn image(flavor: Flavor, source: &Source, tools: &Toolchain) -> Result<Image> {
@@ -214,6 +238,9 @@ fn image(flavor: Flavor, source: &Source, tools: &Toolchain) -> Result<Image> {
         for (name, path) in source::overlay()? {
             add(&name.to_string_lossy(), &read(&path)?);
         }
+    }
+    if let Some(patch) = flavor.extra_patch() {
+        add(patch, &read(&paths::in_root(patch))?);
     }
     let key: String = key.finalize()[..8]
         .iter()

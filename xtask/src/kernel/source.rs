@@ -24,6 +24,10 @@ const TRIED: u32 = 117;
 /// Names, one a line, of the files that may differ from the pristine tree.
 const MANIFEST: &str = ".ptshare-manifest";
 
+/// Files of a tree that differ from the pristine one: content, or `None` for a
+/// file that is not there.
+type Files = BTreeMap<PathBuf, Option<Vec<u8>>>;
+
 /// Debian's package of the source, and its directory in the cache.
 pub struct Source {
     /// The package's version, such as `6.12.117-1~deb12u1`
@@ -66,8 +70,9 @@ impl Source {
     }
 
     /// Brings the patched tree `name`, or the pristine one, up to date and
-    /// returns it. The caller holds the tree's lock.
-    pub fn prepare(&self, name: Option<&str>) -> Result<PathBuf> {
+    /// returns it; `extra` is a patch that comes after series and overlay. The
+    /// caller holds the tree's lock.
+    pub fn prepare(&self, name: Option<&str>, extra: Option<&str>) -> Result<PathBuf> {
         self.unpack()?;
         let Some(name) = name else {
             return Ok(self.pristine());
@@ -83,7 +88,7 @@ impl Source {
                 .arg(&partial))?;
             fs::rename(&partial, &tree)?;
         }
-        self.sync(&tree)?;
+        self.sync(&tree, extra)?;
         Ok(tree)
     }
 
@@ -106,10 +111,16 @@ impl Source {
         Ok(())
     }
 
-    /// Makes `tree` equal to pristine + series + overlay.
-    fn sync(&self, tree: &Path) -> Result<()> {
+    /// Fails if series, overlay and `extra` do not go onto the pristine tree.
+    pub fn check(&self, extra: &str) -> Result<()> {
+        self.unpack()?;
+        self.wanted(Some(extra)).map(drop)
+    }
+
+    /// What series, overlay and `extra` make of the pristine tree.
+    fn wanted(&self, extra: Option<&str>) -> Result<Files> {
         let pristine = self.pristine();
-        let mut wanted = self.patched_files()?;
+        let mut wanted = self.patched(Files::new(), &series()?)?;
         for (path, from) in overlay()? {
             if pristine.join(&path).exists() || wanted.contains_key(&path) {
                 bail!(
@@ -119,7 +130,19 @@ impl Source {
             }
             wanted.insert(path, Some(read(&from)?));
         }
+        if let Some(extra) = extra {
+            let patch = [(extra.to_owned(), paths::in_root(extra))];
+            wanted = self.patched(wanted, &patch).context(
+                "it goes over kernel/patches and the rest of kernel/, whose changes it has to follow",
+            )?;
+        }
+        Ok(wanted)
+    }
 
+    /// Makes `tree` equal to pristine + series + overlay + `extra`.
+    fn sync(&self, tree: &Path, extra: Option<&str>) -> Result<()> {
+        let pristine = self.pristine();
+        let mut wanted = self.wanted(extra)?;
         let manifest = tree.join(MANIFEST);
         let mut touched: BTreeSet<PathBuf> = wanted.keys().cloned().collect();
         if let Ok(old) = fs::read_to_string(&manifest) {
@@ -161,12 +184,12 @@ impl Source {
         Ok(())
     }
 
-    /// What the series makes of the files it names: content, or `None` for a
-    /// file that it deletes. Applies it to copies in a scratch directory.
-    fn patched_files(&self) -> Result<BTreeMap<PathBuf, Option<Vec<u8>>>> {
-        let series = series()?;
+    /// What the patches make of the files they name, those in `files` being as
+    /// they are there and all others pristine. Applies them to copies in a
+    /// scratch directory.
+    fn patched(&self, mut files: Files, patches: &[(String, PathBuf)]) -> Result<Files> {
         let mut names = BTreeSet::new();
-        for (_, path) in &series {
+        for (_, path) in patches {
             names.extend(files_of(&String::from_utf8_lossy(&read(path)?))?);
         }
         let scratch = tempfile::tempdir_in(&self.dir)?;
@@ -174,11 +197,14 @@ impl Source {
             let from = self.pristine().join(name);
             let to = scratch.path().join(name);
             fs::create_dir_all(to.parent().context("no parent")?)?;
-            if from.exists() {
-                fs::copy(&from, &to)?;
+            match files.get(name) {
+                Some(Some(content)) => fs::write(&to, content)?,
+                Some(None) => {}
+                None if from.exists() => drop(fs::copy(&from, &to)?),
+                None => {}
             }
         }
-        for (name, path) in &series {
+        for (name, path) in patches {
             let out = Command::new("patch")
                 .args(["-p1", "--fuzz=0", "--batch", "--forward", "-d"])
                 .arg(scratch.path())
@@ -191,14 +217,12 @@ impl Source {
                 bail!("{name} does not apply to {}:\n{text}", self.version);
             }
         }
-        names
-            .into_iter()
-            .map(|name| {
-                let path = scratch.path().join(&name);
-                let content = path.exists().then(|| read(&path)).transpose()?;
-                Ok((name, content))
-            })
-            .collect()
+        for name in names {
+            let path = scratch.path().join(&name);
+            let content = path.exists().then(|| read(&path)).transpose()?;
+            files.insert(name, content);
+        }
+        Ok(files)
     }
 }
 

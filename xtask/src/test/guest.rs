@@ -41,28 +41,37 @@ pub fn run(tally: &mut Tally, flavor: Flavor, filter: Option<&str>, long: bool) 
 }
 
 fn boot(flavor: Flavor, append: &str, filter: Option<&str>, long: bool) -> Result<Outcome> {
-    let program = guest::binary("guest-tests")?;
-    let program = program.to_string_lossy().into_owned();
-    let mut command = vec![program.as_str(), "run"];
-    if let Some(filter) = filter {
-        command.extend(["--filter", filter]);
-    }
-    if long {
-        command.push("--long");
-    }
-    if flavor == Flavor::Stock {
-        command.push("--stock");
-    }
+    vm(flavor)
+        .append(append)
+        .timeout(if long { LONG } else { SHORT })
+        .run(&command(filter, long, flavor == Flavor::Stock)?)
+}
+
+/// The VM that the tests want.
+pub fn vm(flavor: Flavor) -> Vm {
     Vm::new(flavor)
         .mem("4G")
         .smp(2)
         // Two nodes, so that migration and NUMA balancing have where to go.
         .append("numa=fake=2")
-        .append(append)
         .cwd("/")
-        .timeout(if long { LONG } else { SHORT })
         .tee(Progress::boxed)
-        .run(&command)
+}
+
+/// The command that runs the tests in it.
+pub fn command(filter: Option<&str>, long: bool, stock: bool) -> Result<Vec<String>> {
+    let program = guest::binary("guest-tests")?;
+    let mut command = vec![program.to_string_lossy().into_owned(), "run".into()];
+    if let Some(filter) = filter {
+        command.extend(["--filter".into(), filter.into()]);
+    }
+    if long {
+        command.push("--long".into());
+    }
+    if stock {
+        command.push("--stock".into());
+    }
+    Ok(command)
 }
 
 /// Counts what a run that speaks the protocol reported, and the run itself,
@@ -107,10 +116,14 @@ pub fn judge(tally: &mut Tally, name: &str, outcome: &Outcome, least: usize) {
     }
 }
 
+/// What a program said of one test.
 #[derive(Debug, PartialEq, Eq)]
-enum Line {
+pub enum Line {
+    /// It passed
     Ok(String),
+    /// It failed, and why
     Fail(String, String),
+    /// It could not be tried, and why
     Skip(String, String),
 }
 
@@ -128,13 +141,16 @@ impl Line {
     }
 }
 
-struct Report {
-    lines: Vec<Line>,
+/// What a program said of all its tests.
+pub struct Report {
+    /// Each test's line
+    pub lines: Vec<Line>,
     end: Option<usize>,
 }
 
 impl Report {
-    fn parse(text: &str) -> Self {
+    /// Reads its stdout.
+    pub fn parse(text: &str) -> Self {
         let last = text.lines().rfind(|l| !l.trim().is_empty());
         Self {
             lines: text.lines().filter_map(Line::parse).collect(),

@@ -40,6 +40,7 @@ pub fn run(tally: &mut Tally, filter: Option<&str>) {
         tally.skip("cargo clippy", "no clippy");
     }
     checkpatch(tally);
+    tally.try_one("mutant.patch applies", kernel::check_mutations);
 }
 
 fn cargo(arguments: &[&str]) -> Command {

@@ -8,11 +8,13 @@
 //! guest      vmtest/tests on release and debug, and on stock what holds there
 //! selftests  the kernel's own mm tests: what passes on stock passes on release
 //! stress     stress-ng's mapping stressors on release
+//! mutations  a test fails when a handling is taken out (only with --long)
 //! ```
 
 mod guest;
 mod host;
 mod lab;
+mod mutations;
 mod selftests;
 mod stress;
 
@@ -36,6 +38,8 @@ pub enum Part {
     Selftests,
     /// stress-ng's stressors of memory mappings
     Stress,
+    /// What the tests inside the VM notice; by itself only with --long
+    Mutations,
 }
 
 /// Options of `./x test`.
@@ -44,7 +48,7 @@ pub struct Args {
     /// Run the long forms too: minutes instead of seconds each
     #[arg(long)]
     long: bool,
-    /// Only tests whose name contains this, or one of several with commas between
+    /// Only tests (or mutations) whose name contains this, or one of several with commas between
     #[arg(long)]
     filter: Option<String>,
     /// Only this part
@@ -93,6 +97,9 @@ pub fn run(args: &Args) -> Result<u8> {
         if wants(Part::Stress) {
             stress::run(&mut tally, flavor, filter, args.long);
         }
+    }
+    if args.only == Some(Part::Mutations) || (args.only.is_none() && args.long) {
+        mutations::run(&mut tally, filter);
     }
     Ok(tally.close(start.elapsed()))
 }
