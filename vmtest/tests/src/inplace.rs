@@ -947,7 +947,7 @@ fn numa_balancing(ctx: &Ctx) -> Res {
         }
         (0, vec![])
     };
-    let before = hinted();
+    let (before, left) = (hinted(), kernel::vmstat("ptshare_unlink"));
     // Who has hints for it: as many as it has pages, and a fault for each.
     let enough = |now: (u64, u64)| now.0 - before.0 >= pages(3) && now.1 - before.1 >= pages(3);
     for round in 0..15 {
@@ -974,6 +974,11 @@ fn numa_balancing(ctx: &Ctx) -> Res {
     ensure!(
         enough(now),
         "hints and faults: {before:?} before, {now:?} now"
+    );
+    ensure_eq!(
+        kernel::vmstat("ptshare_unlink"),
+        left,
+        "ptshare_unlink while nothing but NUMA balancing went on"
     );
     t.expect_all(3)?;
     t.model.store(&own, at + 9 * PAGE, 9)?;
