@@ -136,6 +136,8 @@ static inline void cow_pte_fork_end(struct mm_struct *mm,
 static inline unsigned long cow_pte_fork_rss(struct mm_struct *mm,
 					     struct mm_struct *oldmm)
 {
+	if (!cow_pte_borrows(mm))
+		return get_mm_rss(mm);
 	return min(get_mm_rss(mm) + cow_pte_borrowed_pages(mm),
 		   get_mm_rss(oldmm) + cow_pte_borrowed_pages(oldmm));
 }
@@ -204,7 +206,7 @@ static inline int cow_pte_unshare_range(struct vm_area_struct *vma,
 static inline int cow_pte_unshare_cut(struct vm_area_struct *vma,
 				      unsigned long addr)
 {
-	if (IS_ALIGNED(addr, PMD_SIZE) ||
+	if (!ptshare_enabled() || IS_ALIGNED(addr, PMD_SIZE) ||
 	    addr <= vma->vm_start || addr >= vma->vm_end)
 		return 0;
 	return cow_pte_unshare_range(vma, addr, addr + 1);

@@ -438,8 +438,8 @@ bool rust_helper_cow_pte_mm_exits(struct mm_struct *mm)
 }
 
 /* A fork has made @child use @n tables that @parent uses. */
-void rust_helper_cow_pte_shared(struct mm_struct *child,
-				struct mm_struct *parent, long n)
+void rust_helper_cow_pte_note_shared(struct mm_struct *child,
+				     struct mm_struct *parent, long n)
 {
 	/* Whichever sharer reclaim finds a page through, all have the entry. */
 	cow_pte_find_at_swapoff(parent);

@@ -47,7 +47,7 @@ impl Mm {
     /// A fork has made `child` use `count` tables that this mm uses.
     pub(crate) fn shared_with(self, child: Mm, count: usize) {
         // SAFETY: both are alive.
-        unsafe { bindings::cow_pte_shared(child.as_ptr(), self.as_ptr(), count as isize) };
+        unsafe { bindings::cow_pte_note_shared(child.as_ptr(), self.as_ptr(), count as isize) };
     }
 
     /// Is it at its end, with no thread left and nobody who looks into it?
