@@ -14,7 +14,7 @@ use std::io::{self, Write};
 use std::time::Duration;
 
 /// Time for the tests of one VM.
-const SHORT: Duration = Duration::from_secs(15 * 60);
+const SHORT: Duration = Duration::from_secs(25 * 60);
 /// Time for the long forms.
 const LONG: Duration = Duration::from_secs(90 * 60);
 
