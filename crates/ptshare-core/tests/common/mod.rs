@@ -3,8 +3,7 @@
 //! What the tests of arithmetic have in common: mappings made up at random, and what is true of
 //! them, told page by page.
 
-// Each test uses its part.
-#![allow(dead_code)]
+#![allow(dead_code, reason = "each test uses its part")]
 
 use proptest::prelude::*;
 use proptest::test_runner::Config;

@@ -106,6 +106,10 @@ impl Access {
 }
 
 /// Reading and writing `vm.ptshare`.
+///
+/// # Safety
+///
+/// Called as a sysctl's handler alone, with what the sysctl code passes.
 unsafe extern "C" fn handle_mode(
     table: *const bindings::ctl_table,
     write: c_int,
@@ -118,6 +122,10 @@ unsafe extern "C" fn handle_mode(
 }
 
 /// Reading and writing `vm.odf_default`.
+///
+/// # Safety
+///
+/// Called as a sysctl's handler alone, with what the sysctl code passes.
 #[cfg(CONFIG_COW_PTE)]
 unsafe extern "C" fn handle_odf(
     table: *const bindings::ctl_table,
@@ -158,12 +166,16 @@ unsafe fn sysctl(
 }
 
 /// Shows the granule, in bytes.
+///
+/// # Safety
+///
+/// `buffer` is a page to write to, as sysfs passes it.
 unsafe extern "C" fn show(
     _object: *mut bindings::kobject,
     _attribute: *mut bindings::kobj_attribute,
     buffer: *mut c_char,
 ) -> isize {
-    // SAFETY: sysfs passes a page to write to.
+    // SAFETY: as the caller promises.
     unsafe { bindings::sysfs_emit(buffer.cast(), c"%lu\n".as_ptr().cast(), GRANULE) as isize }
 }
 
