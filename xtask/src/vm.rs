@@ -54,8 +54,8 @@ pub struct Vm {
     tee_stderr: Option<Tee>,
 }
 
-/// Makes the place to which output is copied as it comes.
-type Tee = fn() -> Box<dyn Write + Send>;
+/// Makes the place to which the output of a VM with this kernel is copied as it comes.
+type Tee = fn(Flavor) -> Box<dyn Write + Send>;
 
 impl Vm {
     /// A VM of 4 GB and two CPUs with the kernel of `flavor`.
@@ -134,8 +134,8 @@ impl Vm {
 
     /// Copies the command's output to this program's as it comes.
     pub fn forward(mut self, forward: bool) -> Self {
-        self.tee_stdout = forward.then_some(|| Box::new(io::stdout()));
-        self.tee_stderr = forward.then_some(|| Box::new(io::stderr()));
+        self.tee_stdout = forward.then_some(|_| Box::new(io::stdout()));
+        self.tee_stderr = forward.then_some(|_| Box::new(io::stderr()));
         self
     }
 
@@ -162,8 +162,14 @@ impl Vm {
         fs::write(run.file("initramfs"), initramfs(&init, &spec)?)?;
 
         let start = Instant::now();
-        let stdout = Capture::start(run.file("stdout"), self.tee_stdout)?;
-        let stderr = Capture::start(run.file("stderr"), self.tee_stderr)?;
+        let stdout = Capture::start(
+            run.file("stdout"),
+            self.tee_stdout.map(|tee| tee(self.flavor)),
+        )?;
+        let stderr = Capture::start(
+            run.file("stderr"),
+            self.tee_stderr.map(|tee| tee(self.flavor)),
+        )?;
         let result = Capture::start(run.file("result"), None)?;
         let mut qemu = self.qemu(&run, &kernel.bz_image())?;
         let mut child = Guard(
@@ -371,7 +377,7 @@ struct Capture {
 }
 
 impl Capture {
-    fn start(path: PathBuf, tee: Option<Tee>) -> Result<Self> {
+    fn start(path: PathBuf, mut copy: Option<Box<dyn Write + Send>>) -> Result<Self> {
         nix::unistd::mkfifo(&path, Mode::from_bits_truncate(0o600))?;
         // Without a writer of its own the reader would see the end before
         // QEMU has opened the fifo.
@@ -385,7 +391,6 @@ impl Capture {
             nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty()),
         )?;
         let thread = thread::spawn(move || {
-            let mut copy = tee.map(|tee| tee());
             let mut all = Vec::new();
             let mut buffer = [0; 16 * 1024];
             loop {

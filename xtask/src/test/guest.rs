@@ -165,6 +165,7 @@ impl Report {
 
 /// Shows on stderr, while the VM runs, which tests are done.
 pub struct Progress {
+    flavor: Flavor,
     shows: fn(&str) -> bool,
     partial: Vec<u8>,
     done: usize,
@@ -172,13 +173,14 @@ pub struct Progress {
 
 impl Progress {
     /// Shows the lines that the protocol has.
-    pub fn boxed() -> Box<dyn Write + Send> {
-        Self::of(|line| Line::parse(line).is_some())
+    pub fn boxed(flavor: Flavor) -> Box<dyn Write + Send> {
+        Self::of(flavor, |line| Line::parse(line).is_some())
     }
 
     /// Shows the lines that another one picks.
-    pub fn of(shows: fn(&str) -> bool) -> Box<dyn Write + Send> {
+    pub fn of(flavor: Flavor, shows: fn(&str) -> bool) -> Box<dyn Write + Send> {
         Box::new(Self {
+            flavor,
             shows,
             partial: Vec::new(),
             done: 0,
@@ -197,7 +199,7 @@ impl Write for Progress {
             self.partial.clear();
             if (self.shows)(&line) {
                 self.done += 1;
-                eprintln!("x: {}: {line}", self.done);
+                eprintln!("x: {} {}: {line}", self.flavor.name(), self.done);
             }
         }
         Ok(bytes.len())

@@ -75,33 +75,48 @@ pub fn run(args: &Args) -> Result<u8> {
             });
         }
     }
-    if wants(Part::Lab) {
-        lab::run(&mut tally, filter);
-    }
-    if wants(Part::Guest) {
-        let flavors = [Flavor::Release, Flavor::Debug, Flavor::Stock];
-        for flavor in flavors {
-            if args.flavor.is_none_or(|only| only == flavor) {
-                guest::run(&mut tally, flavor, filter, args.long);
+    // The VM of the debug kernel takes as long as all the others, and much of that it waits: it runs beside them.
+    std::thread::scope(|scope| {
+        let beside = wants(Part::Guest).then(|| scope.spawn(|| guests(args, &[Flavor::Debug])));
+        if wants(Part::Lab) {
+            lab::run(&mut tally, filter);
+        }
+        if wants(Part::Guest) {
+            tally.add(guests(args, &[Flavor::Release, Flavor::Stock]));
+        }
+        // Debug's checkers take several times as long.
+        for (flavor, default) in [(Flavor::Release, true), (Flavor::Debug, args.long)] {
+            if !args.flavor.map_or(default, |only| only == flavor) {
+                continue;
+            }
+            if wants(Part::Selftests) {
+                selftests::run(&mut tally, flavor, filter, args.long);
+            }
+            if wants(Part::Stress) {
+                stress::run(&mut tally, flavor, filter, args.long);
             }
         }
-    }
-    // Debug's checkers take several times as long.
-    for (flavor, default) in [(Flavor::Release, true), (Flavor::Debug, args.long)] {
-        if !args.flavor.map_or(default, |only| only == flavor) {
-            continue;
+        match beside.map(|thread| thread.join()) {
+            Some(Ok(debug)) => tally.add(debug),
+            Some(Err(_)) => tally.fail("debug", "its thread panicked"),
+            None => {}
         }
-        if wants(Part::Selftests) {
-            selftests::run(&mut tally, flavor, filter, args.long);
-        }
-        if wants(Part::Stress) {
-            stress::run(&mut tally, flavor, filter, args.long);
-        }
-    }
+    });
     if args.only == Some(Part::Mutations) || (args.only.is_none() && args.long) {
         mutations::run(&mut tally, filter);
     }
     Ok(tally.close(start.elapsed()))
+}
+
+/// Runs the tests inside the VM on those of `flavors` that are asked for.
+fn guests(args: &Args, flavors: &[Flavor]) -> Tally {
+    let mut tally = Tally::default();
+    for &flavor in flavors {
+        if args.flavor.is_none_or(|only| only == flavor) {
+            guest::run(&mut tally, flavor, args.filter.as_deref(), args.long);
+        }
+    }
+    tally
 }
 
 /// Whether a filter, if there is one, lets a name through.
@@ -140,6 +155,13 @@ impl Tally {
     pub fn skip(&mut self, name: &str, why: &str) {
         self.skipped += 1;
         println!("skip {name}: {why}");
+    }
+
+    /// Adds what another one counted.
+    fn add(&mut self, other: Tally) {
+        self.passed += other.passed;
+        self.failed.extend(other.failed);
+        self.skipped += other.skipped;
     }
 
     /// Tries something that passes when it returns no error.

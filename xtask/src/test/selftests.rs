@@ -171,7 +171,7 @@ fn boot(
         .append(way.map_or("", |way| way.boot))
         .cwd("/")
         .timeout(if long { LONG } else { SHORT })
-        .tee(|| Progress::of(|line| line.starts_with("@@ end ")))
+        .tee(|flavor| Progress::of(flavor, |line| line.starts_with("@@ end ")))
         .run(&command)
 }
 
