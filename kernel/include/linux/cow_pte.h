@@ -71,7 +71,7 @@ static inline int cow_pte_others(const pte_t *ptep)
 static inline void cow_pte_mm_init(struct mm_struct *mm)
 {
 	atomic_long_set(&mm->cow_pte_borrows, 0);
-	mm->cow_pte_most = 0;
+	atomic_long_set(&mm->cow_pte_most, 0);
 }
 
 /* How many tables does @mm use that another mm owns, or nobody? */
@@ -83,11 +83,14 @@ static inline unsigned long cow_pte_borrows(struct mm_struct *mm)
 /*
  * How many pages and swap entries may @mm have in tables that it borrows?  To
  * be added to its rss where one cannot look: as if all tables were full, but not
- * more than its parent had.
+ * more than its parent had, less what it has made its own.
  */
 static inline unsigned long cow_pte_borrowed_pages(struct mm_struct *mm)
 {
-	return min(cow_pte_borrows(mm) * PTRS_PER_PTE, mm->cow_pte_most);
+	/* The counters that it comes from are not exact. */
+	unsigned long most = max(atomic_long_read(&mm->cow_pte_most), 0L);
+
+	return min(cow_pte_borrows(mm) * PTRS_PER_PTE, most);
 }
 
 /* In mm/ptshare. */
@@ -129,7 +132,7 @@ static inline void cow_pte_fork_end(struct mm_struct *mm,
 	had = get_mm_rss(oldmm) + get_mm_counter(oldmm, MM_SWAPENTS) +
 	      cow_pte_borrowed_pages(oldmm);
 	has = get_mm_rss(mm) + get_mm_counter(mm, MM_SWAPENTS);
-	mm->cow_pte_most = had > has ? had - has : 0;
+	atomic_long_set(&mm->cow_pte_most, had > has ? had - has : 0);
 }
 
 /* The rss of a new child, at most. */

@@ -124,8 +124,7 @@ pub(crate) fn unshare(vma: Vma<'_>, mm: Mm, start: u64) -> Result {
                         if locked.is_owned_by(mm) {
                             locked.set_unowned();
                         } else {
-                            mm.owns(&rss);
-                            mm.borrows(-1);
+                            mm.owns_borrowed(&rss);
                         }
                         entry
                             .replace(&locked, own)
@@ -199,8 +198,7 @@ fn take_back(entry: &mut Entry<'_, '_>, locked: &Locked<'_>, mm: Mm) {
     // What was cleared on behalf of others, and what others have just left.
     flush::pending();
     if !locked.is_owned_by(mm) {
-        mm.owns(&locked.rss());
-        mm.borrows(-1);
+        mm.owns_borrowed(&locked.rss());
     }
     locked.set_unowned();
     // Who unmaps it has threads, too, that may write until it is unmapped.

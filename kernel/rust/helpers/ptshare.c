@@ -426,6 +426,17 @@ static void cow_pte_find_at_swapoff(struct mm_struct *mm)
 	spin_unlock(&mmlist_lock);
 }
 
+/* @mm has less in the tables that it borrows. */
+void rust_helper_cow_pte_note_owned(struct mm_struct *mm, const int *rss)
+{
+	long pages = 0;
+	int i;
+
+	for (i = 0; i < NR_MM_COUNTERS; i++)
+		pages += rss[i];
+	atomic_long_sub(pages, &mm->cow_pte_most);
+}
+
 void rust_helper_cow_pte_borrows_add(struct mm_struct *mm, long n)
 {
 	atomic_long_add(n, &mm->cow_pte_borrows);

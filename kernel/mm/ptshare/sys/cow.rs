@@ -20,18 +20,20 @@ impl Rss {
 }
 
 impl Mm {
-    /// Counts what a table has that is the mm's now, and the table itself.
-    pub(crate) fn owns(self, rss: &Rss) {
+    /// Has a table of its own where it borrowed one: counts what is in it, and the table itself.
+    pub(crate) fn owns_borrowed(self, rss: &Rss) {
         // SAFETY: the mm is alive; there are as many numbers as kinds.
         unsafe {
             bindings::cow_pte_add_rss(self.as_ptr(), rss.0.as_ptr(), 1);
             bindings::mm_inc_nr_ptes(self.as_ptr());
+            bindings::cow_pte_note_owned(self.as_ptr(), rss.0.as_ptr());
         }
+        self.borrows(-1);
     }
 
     /// No longer counts what a table has, nor the table.
     pub(crate) fn disowns(self, rss: &Rss) {
-        // SAFETY: as in `owns`.
+        // SAFETY: as in `owns_borrowed`.
         unsafe {
             bindings::cow_pte_add_rss(self.as_ptr(), rss.0.as_ptr(), -1);
             bindings::mm_dec_nr_ptes(self.as_ptr());

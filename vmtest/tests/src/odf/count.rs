@@ -24,6 +24,7 @@ group!("odf";
     counters_of_file_and_shmem_pages,
     walks_do_not_unshare,
     oom_score_of_a_child,
+    oom_score_after_copies,
     peak_of_a_child,
     stat_does_not_wait_for_a_fork(120),
 );
@@ -516,6 +517,37 @@ fn oom_score_of_a_child(ctx: &Ctx) -> Res {
             "the child's score is {got}, with nothing mapped; an empty process has {empty}"
         );
         k.verify()?;
+    }
+    Ok(())
+}
+
+/// What a child has made its own, by a copy or by taking back, the OOM killer no longer counts as borrowed:
+/// with tables a quarter full, what is left of them would otherwise have room for all of it again.
+fn oom_score_after_copies(ctx: &Ctx) -> Res {
+    let score =
+        |k: &Kin| -> Res<u64> { Ok(numbers(&format!("/proc/{}/oom_score", k.peer.pid))?[0]) };
+    const GRANULES: u64 = 128;
+    for copies in [true, false] {
+        let mut k = Kin::untouched(ctx, GRANULES)?;
+        k.fill_every(4, 0..pages(GRANULES))?;
+        let mut child = k.child(ctx, GRANULES)?;
+        let parents = score(&k)?;
+        let write = 3 * GRANULES / 4;
+        if !copies {
+            // The child is alone with these, and takes them back.
+            k.must(libc::SYS_munmap, &[k.base, write * GRANULE])?;
+        }
+        for g in 0..write {
+            child.store(pages(g))?;
+        }
+        child.borrows(ctx, GRANULES - write)?;
+        let got = score(&child)?;
+        // A point is some 6 MB; what it has is 64 MB, what was counted twice 48 MB of it.
+        ensure!(
+            got.abs_diff(parents) <= 3,
+            "with {write} tables of its own (copies: {copies}) the child's score is {got}, its parent's was {parents}"
+        );
+        child.verify()?;
     }
     Ok(())
 }
