@@ -123,26 +123,33 @@ static inline void cow_pte_fork_begin(struct mm_struct *mm,
 		set_bit(MMF_ODF_FORK, &mm->flags);
 }
 
+/*
+ * The mmap locks of both are held, so @oldmm unmaps nothing.  Notes what @mm may
+ * have in tables that it borrows, and its rss, at most.
+ */
 static inline void cow_pte_fork_end(struct mm_struct *mm,
 				    struct mm_struct *oldmm)
 {
 	unsigned long had, has;
 
+	if (!ptshare_enabled())
+		return;
 	clear_bit(MMF_ODF_FORK, &mm->flags);
+	if (!cow_pte_borrows(mm))
+		return;
+
 	had = get_mm_rss(oldmm) + get_mm_counter(oldmm, MM_SWAPENTS) +
 	      cow_pte_borrowed_pages(oldmm);
 	has = get_mm_rss(mm) + get_mm_counter(mm, MM_SWAPENTS);
 	atomic_long_set(&mm->cow_pte_most, had > has ? had - has : 0);
+	mm->hiwater_rss = min(get_mm_rss(mm) + cow_pte_borrowed_pages(mm),
+			      get_mm_rss(oldmm) + cow_pte_borrowed_pages(oldmm));
 }
 
-/* The rss of a new child, at most. */
-static inline unsigned long cow_pte_fork_rss(struct mm_struct *mm,
-					     struct mm_struct *oldmm)
+/* The rss of a new child, at most, once cow_pte_fork_end() was called. */
+static inline unsigned long cow_pte_fork_rss(struct mm_struct *mm)
 {
-	if (!cow_pte_borrows(mm))
-		return get_mm_rss(mm);
-	return min(get_mm_rss(mm) + cow_pte_borrowed_pages(mm),
-		   get_mm_rss(oldmm) + cow_pte_borrowed_pages(oldmm));
+	return cow_pte_borrows(mm) ? mm->hiwater_rss : get_mm_rss(mm);
 }
 
 /* Flush what cow_pte_leave() has left behind. */
@@ -291,8 +298,7 @@ static inline void cow_pte_flush_left(struct mm_struct *mm,
 {
 }
 
-static inline unsigned long cow_pte_fork_rss(struct mm_struct *mm,
-					     struct mm_struct *oldmm)
+static inline unsigned long cow_pte_fork_rss(struct mm_struct *mm)
 {
 	return get_mm_rss(mm);
 }
