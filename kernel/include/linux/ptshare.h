@@ -217,8 +217,8 @@ static inline void ptshare_leave_cut(struct vm_area_struct *vma,
 }
 
 /*
- * Called wherever vma_adjust_trans_huge() is, with the same arguments: a shared
- * table lies wholly inside one VMA.
+ * Called before a boundary of @vma moves, once the VMAs are locked, with the
+ * arguments of vma_adjust_trans_huge(): a shared table lies wholly inside one VMA.
  */
 static inline void ptshare_adjust_vma(struct vm_area_struct *vma,
 				      unsigned long start, unsigned long end,
