@@ -36,10 +36,13 @@ pub fn mark(page: u64) -> u64 {
     (crate::oracle::first_word(SEED, page, 1) >> 32) << 32
 }
 
-/// Has a word of a page come from elsewhere? The kernel may copy byte by byte, so whoever reads while another
-/// one writes to a new page can meet a word whose last bytes are still zero.
+/// Has a word of a page come from elsewhere? The kernel may copy byte by byte, on both sides: who reads while
+/// another one writes to a new page may find any byte of a word written, or still zero.
 pub fn foreign(page: u64, word: u64) -> bool {
-    (0..=4).all(|bytes| word >> 32 != (mark(page) >> 32) & ((1 << (8 * bytes)) - 1))
+    let bytes = |w: u64| w.to_le_bytes().into_iter().skip(4);
+    bytes(word)
+        .zip(bytes(mark(page)))
+        .any(|(got, right)| got != 0 && got != right)
 }
 
 /// How a worker ended: 0 is well, or with foreign data,
