@@ -156,7 +156,7 @@ static inline unsigned long cow_pte_fork_rss(struct mm_struct *mm)
 static inline void cow_pte_flush_left(struct mm_struct *mm,
 				      struct cow_pte_left *left)
 {
-	if (left->tables)
+	if (ptshare_enabled() && left->tables)
 		__cow_pte_flush_left(mm, left);
 }
 

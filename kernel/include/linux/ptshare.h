@@ -9,7 +9,7 @@
  *    it was found is known to be unchanged, that mm is one of its sharers.
  *  - Pages in it belong to no mm's rss: ptshare_table().
  *  - Who clears or restricts a PTE in it flushes all of its sharers, not one
- *    mm: ptshare_flush_pte(), ptshare_defer_flush() or ptshare_tlb_mark().
+ *    mm: ptshare_flush_pte(), ptshare_defer_flush() or ptshare_zap_end().
  *  - Who would change what one mm sees leaves the table first: ptshare_leave()
  *    and ptshare_leave_range().  Leaving needs no memory and cannot fail.
  *
