@@ -29,21 +29,16 @@ group!("odf";
 const ARENA: u64 = 5 * GRANULE_PAGES;
 const MOST: usize = 7;
 
-/// What happens to a page of a child's.
-#[derive(Clone, Copy, PartialEq, Debug)]
-enum AtFork {
-    Inherited,
-    Gone,
-    Wiped,
-}
-
 /// A page that is mapped.
 #[derive(Clone, Copy, PartialEq, Debug)]
 struct Slot {
     /// What it holds; 0 is zeros.
     generation: u32,
     prot: u64,
-    at_fork: AtFork,
+    /// A child does not get it; two flags, of which this one counts when both are set.
+    gone_at_fork: bool,
+    /// A child gets zeros.
+    wiped_at_fork: bool,
 }
 
 struct Process {
@@ -186,7 +181,8 @@ impl World {
         self.slots(i, page, n).fill(Some(Slot {
             generation: 0,
             prot: RW,
-            at_fork: AtFork::Inherited,
+            gone_at_fork: false,
+            wiped_at_fork: false,
         }));
         Ok(())
     }
@@ -356,17 +352,11 @@ impl World {
             }
             libc::MADV_DONTFORK | libc::MADV_DOFORK => {
                 r?;
-                slots.for_each(|s| match (advice, s.at_fork) {
-                    (libc::MADV_DONTFORK, _) => s.at_fork = AtFork::Gone,
-                    _ => s.at_fork = AtFork::Inherited,
-                });
+                slots.for_each(|s| s.gone_at_fork = advice == libc::MADV_DONTFORK);
             }
             libc::MADV_WIPEONFORK | libc::MADV_KEEPONFORK => {
                 r?;
-                slots.for_each(|s| match advice {
-                    libc::MADV_WIPEONFORK => s.at_fork = AtFork::Wiped,
-                    _ => s.at_fork = AtFork::Inherited,
-                });
+                slots.for_each(|s| s.wiped_at_fork = advice == libc::MADV_WIPEONFORK);
             }
             // The others may fail for good reasons, protection and lack of huge pages among them.
             _ => {}
@@ -496,8 +486,8 @@ impl World {
     fn push_child(&mut self, i: usize) -> Res {
         let p = &self.processes[i];
         let slots = p.slots.iter().map(|s| match s {
-            Some(s) if s.at_fork == AtFork::Gone => None,
-            Some(s) if s.at_fork == AtFork::Wiped => Some(Slot {
+            Some(s) if s.gone_at_fork => None,
+            Some(s) if s.wiped_at_fork => Some(Slot {
                 generation: 0,
                 ..*s
             }),
