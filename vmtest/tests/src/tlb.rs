@@ -419,7 +419,8 @@ fn loads_during_memory_failure(ctx: &Ctx) -> Res {
         b.stop.store(0, SeqCst);
         let p = Peer::spawn()?;
         let addr = p.map(&t.fd, 0, 2 * GRANULE, RW)?;
-        p.touch(addr, GRANULE_PAGES)?;
+        // Both granules: neighbours are not linked across a multiple of 1 GiB, which may lie between them.
+        p.touch(addr, GRANULE_PAGES + 1)?;
         crate::team::expect_tables(ctx, &p, 2)?;
         p.start(LOADER, &[address(b), addr + page * PAGE, 1], &[])?;
         let_run(b, 50)?;
