@@ -130,6 +130,38 @@ impl Ctx {
     pub fn duration(&self, short: u64, long: u64) -> Duration {
         Duration::from_secs(if self.long { long } else { short })
     }
+
+    /// A random test of `steps`, or with `--long` of as many as fit in `seconds`, and no fewer: on a debug kernel
+    /// and a busy machine one takes ten times as long as on release and an idle one.
+    pub fn walk(&self, steps: u64, seconds: u64) -> Walk {
+        let mut walk = Walk::steps(steps);
+        if self.long {
+            walk.end += Duration::from_secs(seconds);
+        }
+        walk
+    }
+}
+
+/// How far a random test goes.
+#[derive(Clone, Copy)]
+pub struct Walk {
+    least: u64,
+    end: Instant,
+}
+
+impl Walk {
+    /// So many steps.
+    pub fn steps(steps: u64) -> Walk {
+        Walk {
+            least: steps,
+            end: Instant::now(),
+        }
+    }
+
+    /// Whether another step follows after `n` of them.
+    pub fn goes_on(self, n: u64) -> bool {
+        n < self.least || Instant::now() < self.end
+    }
 }
 
 /// One registered test.

@@ -6,7 +6,7 @@
 //! time is done, so the prediction is exact. The same seed gives the same operations; a failure
 //! names the seed, the number of the operation, and the last operations before it.
 
-use crate::harness::{Ctx, Res, Stop};
+use crate::harness::{Ctx, Res, Stop, Walk};
 use crate::kernel;
 use crate::machine::{Cgroup, Swap};
 use crate::oracle::{Model, STORE_PAGE};
@@ -941,8 +941,8 @@ impl World {
         }
     }
 
-    fn go(&mut self, seed: u64, steps: u64) -> Res {
-        for n in 0..steps {
+    fn go(&mut self, seed: u64, walk: Walk) -> Res {
+        for n in (0..).take_while(|n| walk.goes_on(*n)) {
             let r = self.step().and_then(|()| {
                 if n % 100 == 99 {
                     self.verify_all()
@@ -969,12 +969,9 @@ impl World {
     }
 }
 
-fn steps(ctx: &Ctx) -> u64 {
-    if ctx.long {
-        40_000
-    } else {
-        1_500
-    }
+/// 1 500 steps, or two minutes of them.
+fn whole(ctx: &Ctx) -> Walk {
+    ctx.walk(1_500, 120)
 }
 
 fn memfds() -> Res<Vec<OwnedFd>> {
@@ -983,14 +980,14 @@ fn memfds() -> Res<Vec<OwnedFd>> {
 
 /// Two memory files, up to five processes.
 fn few_files_many_operations(ctx: &Ctx) -> Res {
-    World::new(ctx, ctx.seed, memfds()?, MAX_PROCESSES)?.go(ctx.seed, steps(ctx))
+    World::new(ctx, ctx.seed, memfds()?, MAX_PROCESSES)?.go(ctx.seed, whole(ctx))
 }
 
 /// The same by other seeds.
 fn other_seed(ctx: &Ctx) -> Res {
     for n in 1..3 {
         let seed = ctx.seed.wrapping_add(n * 1000);
-        World::new(ctx, seed, memfds()?, MAX_PROCESSES)?.go(seed, steps(ctx) / 2)?;
+        World::new(ctx, seed, memfds()?, MAX_PROCESSES)?.go(seed, ctx.walk(750, 60))?;
     }
     Ok(())
 }
@@ -998,7 +995,7 @@ fn other_seed(ctx: &Ctx) -> Res {
 /// One process that maps the same file many times over.
 fn one_process(ctx: &Ctx) -> Res {
     let seed = ctx.seed.wrapping_add(1);
-    World::new(ctx, seed, vec![sys::memfd(0)?], 1)?.go(seed, steps(ctx))
+    World::new(ctx, seed, vec![sys::memfd(0)?], 1)?.go(seed, whole(ctx))
 }
 
 /// With a memory cgroup that is reclaimed to swap in between.
@@ -1008,7 +1005,7 @@ fn with_swap(ctx: &Ctx) -> Res {
     let seed = ctx.seed.wrapping_add(2);
     let mut w = World::new(ctx, seed, memfds()?, MAX_PROCESSES)?;
     w.group = Some(group);
-    w.go(seed, steps(ctx))
+    w.go(seed, whole(ctx))
 }
 
 /// With vm.ptshare changing all the time.
@@ -1017,7 +1014,7 @@ fn with_mode_flips(ctx: &Ctx) -> Res {
     let seed = ctx.seed.wrapping_add(3);
     let mut w = World::new(ctx, seed, memfds()?, MAX_PROCESSES)?;
     w.flips = true;
-    w.go(seed, steps(ctx))
+    w.go(seed, whole(ctx))
 }
 
 /// On a filesystem with writeback.
@@ -1025,5 +1022,5 @@ fn on_ext4(ctx: &Ctx) -> Res {
     let fs = crate::machine::Ext4::mount(128)?;
     let seed = ctx.seed.wrapping_add(4);
     let files = vec![fs.file("a")?.into(), fs.file("b")?.into()];
-    World::new(ctx, seed, files, MAX_PROCESSES)?.go(seed, steps(ctx))
+    World::new(ctx, seed, files, MAX_PROCESSES)?.go(seed, whole(ctx))
 }

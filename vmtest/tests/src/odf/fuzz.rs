@@ -6,7 +6,7 @@
 //! operations; a failure names the seed, the operation's number and the last operations before it.
 
 use super::{next, switch_on, Events};
-use crate::harness::{own, Ctx, Res, Stop};
+use crate::harness::{own, Ctx, Res, Stop, Walk};
 use crate::machine::{Cgroup, Setting, Swap};
 use crate::ops::Dice;
 use crate::oracle::page_bytes;
@@ -608,9 +608,9 @@ impl World {
         }
     }
 
-    fn go(&mut self, ctx: &Ctx, steps: u64) -> Res {
+    fn go(&mut self, ctx: &Ctx, walk: Walk) -> Res {
         let before = Events::now();
-        self.run(steps)?;
+        let steps = self.run(walk)?;
         if ctx.sharing {
             let since = Events::now().since(&before);
             // A granule that is huge is not shared.
@@ -624,8 +624,10 @@ impl World {
         Ok(())
     }
 
-    fn run(&mut self, steps: u64) -> Res {
-        for n in 0..steps {
+    /// Returns how many steps it made.
+    fn run(&mut self, walk: Walk) -> Res<u64> {
+        let mut n = 0;
+        while walk.goes_on(n) {
             let r = self.step().and_then(|()| match n % 60 {
                 59 => self.verify_all(),
                 _ => Ok(()),
@@ -638,25 +640,24 @@ impl World {
                     log.join("; ")
                 );
             }
+            n += 1;
         }
-        self.verify_all()
+        self.verify_all()?;
+        Ok(n)
     }
 }
 
-fn steps(ctx: &Ctx) -> u64 {
-    if ctx.long {
-        30_000
-    } else {
-        600
-    }
+/// 600 steps, or two minutes of them.
+fn whole(ctx: &Ctx) -> Walk {
+    ctx.walk(600, 120)
 }
 
 fn fuzz_a_family(ctx: &Ctx) -> Res {
-    World::new(ctx, ctx.seed)?.go(ctx, steps(ctx))
+    World::new(ctx, ctx.seed)?.go(ctx, whole(ctx))
 }
 
 fn fuzz_another_family(ctx: &Ctx) -> Res {
-    World::new(ctx, ctx.seed.wrapping_add(1000))?.go(ctx, steps(ctx))
+    World::new(ctx, ctx.seed.wrapping_add(1000))?.go(ctx, whole(ctx))
 }
 
 /// In a cgroup that is reclaimed to swap in between, and swap that goes and comes.
@@ -666,10 +667,10 @@ fn fuzz_with_swap(ctx: &Ctx) -> Res {
         let group = Cgroup::enter()?;
         let mut w = World::new(ctx, ctx.seed.wrapping_add(2000 + round))?;
         w.group = Some(group);
-        w.go(ctx, steps(ctx) / 3)?;
+        w.go(ctx, ctx.walk(200, 30))?;
         swap.off()?;
         w.verify_all()?;
-        w.run(60)?;
+        w.run(Walk::steps(60))?;
     }
     Ok(())
 }
@@ -686,7 +687,7 @@ fn fuzz_with_huge_pages(ctx: &Ctx) -> Res {
         .peer
         .madvise(at, 2 * GRANULE, libc::MADV_NOHUGEPAGE)??;
     w.advise_small()?;
-    w.go(ctx, steps(ctx))
+    w.go(ctx, whole(ctx))
 }
 
 impl World {
@@ -706,7 +707,7 @@ impl World {
 /// Several short lives of different seeds.
 fn fuzz_many_small_steps(ctx: &Ctx) -> Res {
     for n in 0..if ctx.long { 60 } else { 4 } {
-        World::new(ctx, ctx.seed.wrapping_add(4000 + n))?.go(ctx, 150)?;
+        World::new(ctx, ctx.seed.wrapping_add(4000 + n))?.go(ctx, Walk::steps(150))?;
     }
     Ok(())
 }
