@@ -11,7 +11,7 @@ use crate::vm::{Outcome, Vm};
 use crate::{guest, vm};
 use anyhow::Result;
 use std::io::{self, Write};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Time for the tests of one VM.
 const SHORT: Duration = Duration::from_secs(25 * 60);
@@ -163,12 +163,13 @@ impl Report {
     }
 }
 
-/// Shows on stderr, while the VM runs, which tests are done.
+/// Shows on stderr, while the VM runs, which tests are done, and when.
 pub struct Progress {
     flavor: Flavor,
     shows: fn(&str) -> bool,
     partial: Vec<u8>,
     done: usize,
+    start: Instant,
 }
 
 impl Progress {
@@ -184,6 +185,7 @@ impl Progress {
             shows,
             partial: Vec::new(),
             done: 0,
+            start: Instant::now(),
         })
     }
 }
@@ -199,7 +201,13 @@ impl Write for Progress {
             self.partial.clear();
             if (self.shows)(&line) {
                 self.done += 1;
-                eprintln!("x: {} {}: {line}", self.flavor.name(), self.done);
+                let seconds = self.start.elapsed().as_secs();
+                let (name, done) = (self.flavor.name(), self.done);
+                eprintln!(
+                    "x: {name} {:02}:{:02} {done}: {line}",
+                    seconds / 60,
+                    seconds % 60
+                );
             }
         }
         Ok(bytes.len())
