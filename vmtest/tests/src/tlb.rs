@@ -158,25 +158,45 @@ pub fn stop(b: &Board, spinners: &[&Peer]) -> Res {
     Ok(())
 }
 
+/// Two processes to watch with, and their board.
+struct Watchers {
+    board: &'static Board,
+    peers: [Peer; 2],
+}
+
+impl Watchers {
+    fn new(ctx: &Ctx) -> Res<Watchers> {
+        ctx.opt_in()?;
+        Ok(Watchers {
+            board: board()?,
+            peers: [Peer::spawn()?, Peer::spawn()?],
+        })
+    }
+}
+
 /// Two loaders watch one word while `change` takes the page out; then the next generation is
 /// written and published.
 fn loads_during(ctx: &Ctx, change: impl FnMut(&mut Team) -> Res) -> Res {
-    loads_during_on(ctx, sys::memfd(0)?, [RW, RW], change)
+    let watchers = Watchers::new(ctx)?;
+    loads_during_on(ctx, watchers, sys::memfd(0)?, [RW, RW], change)
 }
 
 /// The same on any file, with loaders of any protection.
 fn loads_during_on(
     ctx: &Ctx,
+    watchers: Watchers,
     fd: OwnedFd,
     protections: [u64; 2],
     mut change: impl FnMut(&mut Team) -> Res,
 ) -> Res {
     let mut t = Team::on(ctx, fd, 3, 2)?;
-    let (b, page) = (board()?, GRANULE_PAGES + 3);
+    let page = GRANULE_PAGES + 3;
     sys::pin_to_cpu(0);
     sys::pwrite(&t.fd, &1u64.to_ne_bytes(), page * PAGE)?;
-    // The board is newer than the members: hand them one that they have as well.
-    let watchers = [Peer::spawn()?, Peer::spawn()?];
+    let Watchers {
+        board: b,
+        peers: watchers,
+    } = watchers;
     for (cpu, w) in [(1, &watchers[0]), (0, &watchers[1])] {
         let addr = w.map(&t.fd, 0, 2 * GRANULE, protections[1 - cpu as usize])?;
         w.touch(addr, pages(2))?;
@@ -219,9 +239,11 @@ fn loads_during_punch(ctx: &Ctx) -> Res {
 /// written there.
 fn loads_during_reclaim(ctx: &Ctx) -> Res {
     let swap = Swap::on(128)?;
+    // Before the test enters the group: memory of a loader that goes out in the same batch would flush its CPU, too.
+    let watchers = Watchers::new(ctx)?;
     let group = Cgroup::enter()?;
     let mut out = 0;
-    loads_during(ctx, |_| {
+    loads_during_on(ctx, watchers, sys::memfd(0)?, [RW, RW], |_| {
         group.reclaim(4 * GRANULE);
         out = out.max(swap.used_pages());
         Ok(())
@@ -377,7 +399,8 @@ fn loads_during_invalidation(ctx: &Ctx) -> Res {
         .open(fs.dir.join("f"))?;
     let buf = sys::mmap(0, PAGE, RW, sys::PRIVATE | ANON, -1, 0)?;
     let at = (GRANULE_PAGES + 3) * PAGE;
-    loads_during_on(ctx, file.into(), [RW, RW], |_| {
+    let watchers = Watchers::new(ctx)?;
+    loads_during_on(ctx, watchers, file.into(), [RW, RW], |_| {
         // Zeros, which the loaders take for a page that is out just now.
         let a = [direct.as_raw_fd() as u64, buf, PAGE, at];
         ensure_eq!(
@@ -392,7 +415,8 @@ fn loads_during_invalidation(ctx: &Ctx) -> Res {
 /// A page that is in two tables, the writers' and the readers', goes from both.
 fn loads_by_readers_and_writers(ctx: &Ctx) -> Res {
     let mut round = 0;
-    loads_during_on(ctx, sys::memfd(0)?, [RO, RW], |t| {
+    let watchers = Watchers::new(ctx)?;
+    loads_during_on(ctx, watchers, sys::memfd(0)?, [RO, RW], |t| {
         round += 1;
         let at = (GRANULE_PAGES + 3) * PAGE;
         match round % 3 {
