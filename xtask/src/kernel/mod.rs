@@ -7,7 +7,8 @@
 //!     pristine/                      the source as packaged; what `stock` is built from
 //!     patched/, patched-debug/, ...  with series and overlay, for `release` and `debug`:
 //!                                    one each, so that a build holds nobody else up;
-//!                                    patched-mutant/ has the mutations as well
+//!                                    patched-mutant/ has the mutations as well,
+//!                                    patched-bare/ is built with the series' symbols off
 //!     out-FLAVOR/                    make's O= directory, kept for incremental builds
 //!     images/FLAVOR-KEY/             bzImage, config: finished, never changed again
 //!     build-FLAVOR.log               the last build's whole output
@@ -35,6 +36,8 @@ pub enum Flavor {
     Debug,
     /// `release` without the series
     Stock,
+    /// `release` with the series' symbols turned off, which is to do what `stock` does
+    Bare,
     /// `release` in which a boot parameter takes out one handling of a path
     Mutant,
 }
@@ -52,6 +55,7 @@ impl Flavor {
             Flavor::Release => "release",
             Flavor::Debug => "debug",
             Flavor::Stock => "stock",
+            Flavor::Bare => "bare",
             Flavor::Mutant => "mutant",
         }
     }
@@ -66,6 +70,7 @@ impl Flavor {
         match self {
             Flavor::Release => Some("patched"),
             Flavor::Debug => Some("patched-debug"),
+            Flavor::Bare => Some("patched-bare"),
             Flavor::Mutant => Some("patched-mutant"),
             Flavor::Stock => None,
         }
@@ -91,10 +96,31 @@ impl Flavor {
     fn fragments(self) -> &'static [&'static str] {
         match self {
             Flavor::Release => &["base.config", "ptshare.config"],
-            Flavor::Debug => &["base.config", "ptshare.config", "debug.config"],
+            Flavor::Debug => &[
+                "base.config",
+                "ptshare.config",
+                "devices.config",
+                "debug.config",
+            ],
             Flavor::Stock => &["base.config", "stock.config"],
-            Flavor::Mutant => &["base.config", "ptshare.config", "mutant.config"],
+            Flavor::Bare => &["base.config", "bare.config"],
+            Flavor::Mutant => &[
+                "base.config",
+                "ptshare.config",
+                "devices.config",
+                "mutant.config",
+            ],
         }
+    }
+
+    /// Whether it has what `devices.config` adds, which no figure is measured with.
+    pub fn has_devices(self) -> bool {
+        self.fragments().contains(&"devices.config")
+    }
+
+    /// Whether programs can ask it to share.
+    pub fn shares(self) -> bool {
+        self.fragments().contains(&"ptshare.config")
     }
 }
 

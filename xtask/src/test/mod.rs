@@ -5,7 +5,8 @@
 //! host       cargo test, fmt, clippy, checkpatch
 //! kernel     the three flavors build
 //! lab        a VM shows what it should, and fails when it should
-//! guest      vmtest/tests on release and debug, and on stock what holds there
+//! guest      vmtest/tests on release and debug, and on stock what holds there;
+//!            with --long also with the series built out
 //! selftests  the kernel's own mm tests: what passes on stock passes on release
 //! stress     stress-ng's mapping stressors on release
 //! mutations  a test fails when a handling is taken out (only with --long)
@@ -83,6 +84,9 @@ pub fn run(args: &Args) -> Result<u8> {
         }
         if wants(Part::Guest) {
             tally.add(guests(args, &[Flavor::Release, Flavor::Stock]));
+            if args.long {
+                tally.add(guests(args, &[Flavor::Bare]));
+            }
         }
         // Debug's checkers take several times as long.
         for (flavor, default) in [(Flavor::Release, true), (Flavor::Debug, args.long)] {
