@@ -26,11 +26,13 @@ group!("transparent";
     incongruent_address_is_private,
     two_mappings_in_one_process,
     congruent_address_is_chosen,
+    address_of_a_32_bit_task,
     late_comer_shares,
     counted_links_and_tables,
     sparse_file_shares_and_fills,
     not_private,
     not_hugetlb,
+    not_dax(60),
     not_locked,
     not_locked_future,
     not_pmd_folio,
@@ -332,6 +334,82 @@ fn congruent_address_is_chosen(ctx: &Ctx) -> Res {
     Ok(())
 }
 
+/// A program of 32 bits that goes over to 64-bit mode, maps 4 MiB of shared memory there, and exits with 0 when it
+/// got an address that it can have, with the error, or with 255.
+#[rustfmt::skip]
+const LONG_MODE: &[u8] = &[
+    0xea, 0x5b, 0x80, 0x04, 0x08, 0x33, 0x00,   // ljmp $0x33, $0x804805b: the next instruction
+    0xb8, 9, 0, 0, 0,                           // mov $__NR_mmap, %eax
+    0x31, 0xff,                                 // xor %edi, %edi
+    0xbe, 0, 0, 0x40, 0,                        // mov $0x400000, %esi
+    0xba, 3, 0, 0, 0,                           // mov $(PROT_READ | PROT_WRITE), %edx
+    0x41, 0xba, 0x21, 0, 0, 0,                  // mov $(MAP_SHARED | MAP_ANONYMOUS), %r10d
+    0x49, 0xc7, 0xc0, 0xff, 0xff, 0xff, 0xff,   // mov $-1, %r8
+    0x45, 0x31, 0xc9,                           // xor %r9d, %r9d
+    0x0f, 0x05,                                 // syscall
+    0x48, 0x85, 0xc0,                           // test %rax, %rax
+    0x79, 0x06,                                 // jns 1f
+    0xf7, 0xd8,                                 // neg %eax
+    0x89, 0xc7,                                 // mov %eax, %edi
+    0xeb, 0x0e,                                 // jmp 2f
+    0x48, 0x89, 0xc7,                           // 1: mov %rax, %rdi
+    0x48, 0xc1, 0xef, 0x20,                     // shr $32, %rdi
+    0x74, 0x05,                                 // jz 2f
+    0xbf, 0xff, 0, 0, 0,                        // mov $255, %edi
+    0xb8, 60, 0, 0, 0,                          // 2: mov $__NR_exit, %eax
+    0x0f, 0x05,                                 // syscall
+];
+
+/// An executable file of 32 bits with this code, loaded at 0x8048000.
+fn program_of_32_bits(code: &[u8]) -> Vec<u8> {
+    const BASE: u32 = 0x0804_8000;
+    const HEADERS: u32 = 52 + 32;
+    let size = HEADERS + code.len() as u32;
+    let mut file = b"\x7fELF\x01\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+    // ET_EXEC, EM_386, version, entry, program headers at 52, no sections, no flags
+    file.extend([2u16, 3].iter().flat_map(|w| w.to_le_bytes()));
+    file.extend(
+        [1, BASE + HEADERS, 52, 0, 0]
+            .iter()
+            .flat_map(|w| w.to_le_bytes()),
+    );
+    file.extend(
+        [52u16, 32, 1, 40, 0, 0]
+            .iter()
+            .flat_map(|w| w.to_le_bytes()),
+    );
+    // PT_LOAD, from 0, here, size in the file and in memory, R and X, alignment
+    file.extend(
+        [1, 0, BASE, BASE, size, size, 5, PAGE as u32]
+            .iter()
+            .flat_map(|w| w.to_le_bytes()),
+    );
+    file.extend(code);
+    file
+}
+
+/// A task of 32 bits gets no address above 4 GiB, by whatever kind of system call it asks.
+fn address_of_a_32_bit_task(ctx: &Ctx) -> Res {
+    use std::os::unix::fs::PermissionsExt;
+    ctx.opt_in()?;
+    let path = format!("/tmp/guest-tests-32-{}", std::process::id());
+    std::fs::write(&path, program_of_32_bits(LONG_MODE))?;
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o700))?;
+    let status = std::process::Command::new(&path).status();
+    std::fs::remove_file(&path)?;
+    match status {
+        Err(e) if e.raw_os_error() == Some(libc::ENOEXEC) => crate::skip!("no programs of 32 bits"),
+        status => {
+            let code = status?.code();
+            ensure!(
+                code == Some(0) || code == Some(libc::ENOMEM),
+                "mmap in a task of 32 bits: {code:?} (255: an address above 4 GiB)"
+            );
+            Ok(())
+        }
+    }
+}
+
 /// The order of arrival does not matter: who maps after all is populated shares as well.
 fn late_comer_shares(ctx: &Ctx) -> Res {
     let mut t = Team::new(ctx, 2, 3)?;
@@ -423,6 +501,32 @@ fn not_hugetlb(ctx: &Ctx) -> Res {
     }
     model.store(&peers[0], at[0] + PAGE, 1)?;
     model.verify_mapped(&peers[1], at[1], 0..pages(2))
+}
+
+/// Not eligible: files whose pages are the disk's own memory.
+fn not_dax(ctx: &Ctx) -> Res {
+    let fs = Ext4::dax()?;
+    let fd: OwnedFd = fs.file("f")?.into();
+    ctx.opt_in()?;
+    let mut t = Team::untouched(ctx, fd, 2, 2)?;
+    t.model.fill(&t.fd, 0..pages(2))?;
+    // SAFETY: all zeros is a valid one.
+    let mut x: libc::statx = unsafe { std::mem::zeroed() };
+    let a = [
+        t.raw() as u64,
+        c"".as_ptr() as u64,
+        libc::AT_EMPTY_PATH as u64,
+        0,
+        &raw mut x as u64,
+    ];
+    sys::syscall(libc::SYS_statx, &a)?;
+    ensure!(
+        x.stx_attributes & libc::STATX_ATTR_DAX as u64 != 0,
+        "the file has a page cache"
+    );
+    t.touch_all()?;
+    t.expect_all(0)?;
+    t.coherent()
 }
 
 /// Not eligible: a part that was locked before it was touched, by mlock or MAP_LOCKED.
