@@ -3,6 +3,7 @@
 
 use super::{diverge, verify_all, Events, Kin};
 use crate::harness::{Ctx, Res};
+use crate::leave::{Uffd, MODE_MISSING, UFFDIO_REGISTER, UFFDIO_UNREGISTER};
 use crate::machine::Ext4;
 use crate::oracle::{page_bytes, pages, Model};
 use crate::probe::{self, Probe};
@@ -19,6 +20,7 @@ group!("odf";
     private_file_truncated_by_a_part_of_a_page,
     private_file_punched,
     punched_pages_leave_the_tlb,
+    truncated_zero_page_leaves_the_tlb,
     punched_pages_count_in_the_owner,
     punched_poison_stays,
     private_file_written_back,
@@ -276,6 +278,40 @@ fn punched_pages_leave_the_tlb(ctx: &Ctx) -> Res {
         stop(b, &[&one.peer])?;
         // Whoever reads fills the hole for itself.
         child.borrows(ctx, if by_child { 1 } else { 2 })?;
+    }
+    Ok(())
+}
+
+/// The zero page, which userfaultfd can put into a private mapping of a file and which is in nobody's counters:
+/// after truncation all who share the table get SIGBUS there, also who has it in the TLB.
+fn truncated_zero_page_leaves_the_tlb(ctx: &Ctx) -> Res {
+    use crate::tlb::{address, board, let_run, stop, LOADER};
+    const UFFDIO_ZEROPAGE: u64 = 0xc020_aa04;
+    sys::pin_to_cpu(0);
+    for by_child in [true, false] {
+        let b = board()?;
+        let p = Private::new(ctx, sys::memfd(0)?, 2)?;
+        let page = GRANULE_PAGES + 2;
+        sys::punch(&p.fd, page * PAGE, PAGE)?;
+        let granule = p.k.at(GRANULE_PAGES);
+        let u = Uffd::of(&p.k.peer, 0)?;
+        u.ioctl(UFFDIO_REGISTER, &mut [granule, GRANULE, MODE_MISSING, 0])?;
+        u.ioctl(UFFDIO_ZEROPAGE, &mut [p.k.at(page), PAGE, 0, 0])?;
+        u.ioctl(UFFDIO_UNREGISTER, &mut [granule, GRANULE])?;
+        let child = p.k.child(ctx, 2)?;
+        let one = if by_child { &child } else { &p.k };
+        one.peer
+            .start(LOADER, &[address(b), one.at(page), 1], &[])?;
+        let_run(b, 50)?;
+        ensure_eq!(b.faults.load(SeqCst), 0, "faults before the end moves");
+        // At the end it goes alone: a page that is counted would make the flush reach everybody.
+        sys::ftruncate(&p.fd, (page + 1) * PAGE)?;
+        sys::ftruncate(&p.fd, page * PAGE)?;
+        let before = b.faults.load(SeqCst);
+        let_run(b, 50)?;
+        let faults = b.faults.load(SeqCst) - before;
+        crate::ensure!(faults > 0, "loads from beyond the end of the file");
+        stop(b, &[&one.peer])?;
     }
     Ok(())
 }
