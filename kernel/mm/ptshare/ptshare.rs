@@ -348,7 +348,8 @@ unsafe extern "C" fn ptshare_unmapped_area(
         return addr;
     }
     let room = match granule::padded(len as u64) {
-        Some(padded) => area(0, padded) as u64,
+        // The hint still says where, and that addresses above 47 bits are wanted.
+        Some(padded) => area(addr, padded) as u64,
         None => failed,
     };
     // Addresses are page aligned, error numbers are not.
