@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 group!("odf";
     rss_of_parent_and_child,
     rss_after_every_step,
+    zeros_of_a_split_huge_page,
     pss_is_divided,
     exclusive_bit,
     numa_maps_counts_processes,
@@ -123,6 +124,54 @@ fn rss_after_every_step(ctx: &Ctx) -> Res {
     k.fill(0..pages(4))?;
     has(&k, pages(4))?;
     k.verify()
+}
+
+/// A huge page that is mostly zeros, in a shared table: who splits it maps the zero page for these, and takes them
+/// from the counters that have them, the owner's or nobody's.
+fn zeros_of_a_split_huge_page(ctx: &Ctx) -> Res {
+    const SPLIT: &str = "/sys/kernel/debug/split_huge_pages";
+    for copied in [true, false] {
+        let mut k = Kin::new(ctx, 3)?;
+        let page = GRANULE_PAGES;
+        k.advise(page..pages(2), libc::MADV_DONTNEED)?;
+        k.zero(page..pages(2));
+        k.fill(page..page + 9)?;
+        super::madvise::collapse(&k, 1)?;
+        // One mapping again, in which khugepaged finds nothing to do.
+        k.advise(0..pages(3), libc::MADV_NOHUGEPAGE)?;
+        // One page less: small entries for the rest of the huge page.
+        k.advise(page + 9..page + 10, libc::MADV_DONTNEED)?;
+        has(&k, pages(3) - 1)?;
+        let mut child = k.child(ctx, 3)?;
+        if copied {
+            // The owner has a table of its own; that of the child has no owner.
+            k.store(page + 300)?;
+        }
+        // Something that the child counts itself, so that there is what can be taken from it wrongly.
+        child.store(pages(2))?;
+        has(&child, pages(3) - 1)?;
+        let rss = || -> Res<Option<u64>> {
+            let text = kernel::smaps_of(k.peer.pid, k.base)?;
+            Ok(kernel::kb_in(&text, "Rss").map(|kb| kb / 4))
+        };
+        let left = pages(2) + 9 + u64::from(copied);
+        let range = format!("{},{:#x},{:#x}", k.peer.pid, k.at(page), k.at(pages(2)));
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while rss()? != Some(left) && Instant::now() < deadline {
+            if std::fs::write(SPLIT, &range).is_err() {
+                skip!("no {SPLIT}");
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        has(&k, left)?;
+        has(&child, pages(2) + 9)?;
+        super::verify_all(&[&k, &child])?;
+        diverge(&mut [&mut k, &mut child])?;
+        // Counters that are wrong the kernel complains of now.
+        k.peer.exit()?;
+        child.peer.exit()?;
+    }
+    Ok(())
 }
 
 /// Pss of each is its part; together they are what there is.

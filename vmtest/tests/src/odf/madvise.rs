@@ -597,7 +597,8 @@ fn huge_kb(k: &Kin, granule: u64) -> Res<u64> {
     Ok(kernel::kb_in(&text, "AnonHugePages").unwrap_or(0))
 }
 
-fn collapse(k: &Kin, granule: u64) -> Res {
+/// Makes a huge page of a granule.
+pub(super) fn collapse(k: &Kin, granule: u64) -> Res {
     let at = k.at(pages(granule));
     k.peer.madvise(at, GRANULE, libc::MADV_HUGEPAGE)??;
     for _ in 0..40 {
