@@ -31,6 +31,7 @@ group!("inplace";
     swapoff(180),
     pageout_by_one_process(180),
     pageout_by_process_madvise(180),
+    pageout_of_a_part_of_a_huge_page,
     reclaim_clean_file_pages(180),
     referenced_bits_can_be_cleared,
     idle_pages_are_tracked,
@@ -1130,8 +1131,8 @@ fn collapse_by_process_madvise(ctx: &Ctx) -> Res {
 }
 
 /// A huge folio whose pages all map one by one, through shared tables, until one process has
-/// MADV_COLLAPSE map it whole for itself: the others keep their tables.
-fn collapse_of_a_huge_page_mapped_small(ctx: &Ctx) -> Res {
+/// Three processes that map huge pages of a file by small entries, which they share.
+fn huge_pages_mapped_small(ctx: &Ctx) -> Res<Team> {
     const DIR: &str = "/sys/kernel/mm/transparent_hugepage";
     ctx.opt_in()?;
     let _s = Setting::set(&format!("{DIR}/shmem_enabled"), "always")?;
@@ -1151,7 +1152,32 @@ fn collapse_of_a_huge_page_mapped_small(ctx: &Ctx) -> Res {
     }
     t.touch_all()?;
     t.expect_all(3)?;
-    ensure_eq!(huge_kb(&t, 0)?, 0, "ShmemPmdMapped before");
+    ensure_eq!(huge_kb(&t, 0)?, 0, "ShmemPmdMapped of small entries");
+    Ok(t)
+}
+
+/// MADV_PAGEOUT of a part of a huge page that others map by small entries, too: it stays whole.
+fn pageout_of_a_part_of_a_huge_page(ctx: &Ctx) -> Res {
+    let mut t = huge_pages_mapped_small(ctx)?;
+    let splits = || kernel::vmstat("thp_split_page");
+    let before = splits();
+    for round in 0..3 {
+        t.peer(round)
+            .madvise(t.at(round, GRANULE_PAGES + 9), 7 * PAGE, libc::MADV_PAGEOUT)??;
+        ensure_eq!(splits(), before, "huge pages split so far");
+        ensure_eq!(
+            present_in(&t, (round + 1) % 3)? as u64,
+            pages(3),
+            "pages of another member"
+        );
+        t.coherent()?;
+    }
+    Ok(())
+}
+
+/// MADV_COLLAPSE map it whole for itself: the others keep their tables.
+fn collapse_of_a_huge_page_mapped_small(ctx: &Ctx) -> Res {
+    let mut t = huge_pages_mapped_small(ctx)?;
     t.peer(0)
         .madvise(t.granule(0, 1), GRANULE, libc::MADV_HUGEPAGE)??;
     let mut r = Err(Errno(libc::EAGAIN));
