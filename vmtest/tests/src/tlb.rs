@@ -158,18 +158,21 @@ pub fn stop(b: &Board, spinners: &[&Peer]) -> Res {
     Ok(())
 }
 
-/// Two processes to watch with, and their board.
+/// Two processes to watch a file with, and their board.
 struct Watchers {
     board: &'static Board,
     peers: [Peer; 2],
+    fd: OwnedFd,
 }
 
 impl Watchers {
-    fn new(ctx: &Ctx) -> Res<Watchers> {
+    /// Those of a file, which is theirs, too.
+    fn of(ctx: &Ctx, fd: OwnedFd) -> Res<Watchers> {
         ctx.opt_in()?;
         Ok(Watchers {
             board: board()?,
             peers: [Peer::spawn()?, Peer::spawn()?],
+            fd,
         })
     }
 }
@@ -177,26 +180,25 @@ impl Watchers {
 /// Two loaders watch one word while `change` takes the page out; then the next generation is
 /// written and published.
 fn loads_during(ctx: &Ctx, change: impl FnMut(&mut Team) -> Res) -> Res {
-    let watchers = Watchers::new(ctx)?;
-    loads_during_on(ctx, watchers, sys::memfd(0)?, [RW, RW], change)
+    loads_during_on(ctx, Watchers::of(ctx, sys::memfd(0)?)?, [RW, RW], change)
 }
 
 /// The same on any file, with loaders of any protection.
 fn loads_during_on(
     ctx: &Ctx,
     watchers: Watchers,
-    fd: OwnedFd,
     protections: [u64; 2],
     mut change: impl FnMut(&mut Team) -> Res,
 ) -> Res {
+    let Watchers {
+        board: b,
+        peers: watchers,
+        fd,
+    } = watchers;
     let mut t = Team::on(ctx, fd, 3, 2)?;
     let page = GRANULE_PAGES + 3;
     sys::pin_to_cpu(0);
     sys::pwrite(&t.fd, &1u64.to_ne_bytes(), page * PAGE)?;
-    let Watchers {
-        board: b,
-        peers: watchers,
-    } = watchers;
     for (cpu, w) in [(1, &watchers[0]), (0, &watchers[1])] {
         let addr = w.map(&t.fd, 0, 2 * GRANULE, protections[1 - cpu as usize])?;
         w.touch(addr, pages(2))?;
@@ -240,10 +242,10 @@ fn loads_during_punch(ctx: &Ctx) -> Res {
 fn loads_during_reclaim(ctx: &Ctx) -> Res {
     let swap = Swap::on(128)?;
     // Before the test enters the group: memory of a loader that goes out in the same batch would flush its CPU, too.
-    let watchers = Watchers::new(ctx)?;
+    let watchers = Watchers::of(ctx, sys::memfd(0)?)?;
     let group = Cgroup::enter()?;
     let mut out = 0;
-    loads_during_on(ctx, watchers, sys::memfd(0)?, [RW, RW], |_| {
+    loads_during_on(ctx, watchers, [RW, RW], |_| {
         group.reclaim(4 * GRANULE);
         out = out.max(swap.used_pages());
         Ok(())
@@ -399,8 +401,8 @@ fn loads_during_invalidation(ctx: &Ctx) -> Res {
         .open(fs.dir.join("f"))?;
     let buf = sys::mmap(0, PAGE, RW, sys::PRIVATE | ANON, -1, 0)?;
     let at = (GRANULE_PAGES + 3) * PAGE;
-    let watchers = Watchers::new(ctx)?;
-    loads_during_on(ctx, watchers, file.into(), [RW, RW], |_| {
+    let watchers = Watchers::of(ctx, file.into())?;
+    loads_during_on(ctx, watchers, [RW, RW], |_| {
         // Zeros, which the loaders take for a page that is out just now.
         let a = [direct.as_raw_fd() as u64, buf, PAGE, at];
         ensure_eq!(
@@ -415,8 +417,8 @@ fn loads_during_invalidation(ctx: &Ctx) -> Res {
 /// A page that is in two tables, the writers' and the readers', goes from both.
 fn loads_by_readers_and_writers(ctx: &Ctx) -> Res {
     let mut round = 0;
-    let watchers = Watchers::new(ctx)?;
-    loads_during_on(ctx, watchers, sys::memfd(0)?, [RO, RW], |t| {
+    let watchers = Watchers::of(ctx, sys::memfd(0)?)?;
+    loads_during_on(ctx, watchers, [RO, RW], |t| {
         round += 1;
         let at = (GRANULE_PAGES + 3) * PAGE;
         match round % 3 {
