@@ -969,9 +969,9 @@ impl World {
     }
 }
 
-/// 1 500 steps, or two minutes of them.
+/// 1 500 steps, or a minute of them.
 fn whole(ctx: &Ctx) -> Walk {
-    ctx.walk(1_500, 120)
+    ctx.walk(1_500, 60)
 }
 
 fn memfds() -> Res<Vec<OwnedFd>> {
@@ -987,7 +987,7 @@ fn few_files_many_operations(ctx: &Ctx) -> Res {
 fn other_seed(ctx: &Ctx) -> Res {
     for n in 1..3 {
         let seed = ctx.seed.wrapping_add(n * 1000);
-        World::new(ctx, seed, memfds()?, MAX_PROCESSES)?.go(seed, ctx.walk(750, 60))?;
+        World::new(ctx, seed, memfds()?, MAX_PROCESSES)?.go(seed, ctx.walk(750, 30))?;
     }
     Ok(())
 }

@@ -647,9 +647,9 @@ impl World {
     }
 }
 
-/// 600 steps, or two minutes of them.
+/// 600 steps, or a minute of them.
 fn whole(ctx: &Ctx) -> Walk {
-    ctx.walk(600, 120)
+    ctx.walk(600, 60)
 }
 
 fn fuzz_a_family(ctx: &Ctx) -> Res {
@@ -667,7 +667,7 @@ fn fuzz_with_swap(ctx: &Ctx) -> Res {
         let group = Cgroup::enter()?;
         let mut w = World::new(ctx, ctx.seed.wrapping_add(2000 + round))?;
         w.group = Some(group);
-        w.go(ctx, ctx.walk(200, 30))?;
+        w.go(ctx, ctx.walk(200, 20))?;
         swap.off()?;
         w.verify_all()?;
         w.run(Walk::steps(60))?;
