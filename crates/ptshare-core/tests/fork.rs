@@ -201,8 +201,9 @@ impl World {
     fn unshare(&self, mm: usize) -> Option<bool> {
         let mm = &self.mms[mm];
         let _lock = mm.lock.lock().unwrap();
-        let (table, _) = self.at(mm.entry.load(Ordering::Relaxed))?;
+        let (table, writable) = self.at(mm.entry.load(Ordering::Relaxed))?;
         if table.count.load() <= 0 {
+            assert!(writable, "read-only, and nobody shares it");
             return None;
         }
         let locked = (self.bug != Bug::CopyUnlocked).then(|| table.lock.lock().unwrap());
@@ -548,7 +549,7 @@ fn loom_finds_a_last_sharer_by_look() {
 }
 
 #[test]
-#[should_panic]
+#[should_panic(expected = "read-only, and nobody shares it")]
 fn loom_finds_a_torn_exchange() {
     check(3, || fork_again(Bug::TornExchange, |w| w.exit(1)));
 }
@@ -597,7 +598,7 @@ fn loom_finds_a_count_that_falls_before_the_copy_is_in_place() {
 }
 
 #[test]
-#[should_panic]
+#[should_panic(expected = "Causality violation")]
 fn loom_finds_a_flush_put_off_and_forgotten() {
     check(2, || write_while_child_ends(Bug::IgnorePending));
 }
