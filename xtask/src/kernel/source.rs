@@ -53,12 +53,9 @@ impl Source {
 
     /// Says which source a build is about to use.
     pub fn announce(&self) {
-        let upstream = self.version.split('-').next().unwrap_or(&self.version);
+        let upstream = upstream(&self.version);
         eprintln!("x: Linux {upstream} ({PACKAGE} {})", self.version);
-        let y = upstream
-            .strip_prefix("6.12.")
-            .and_then(|y| y.parse::<u32>().ok());
-        if y != Some(TRIED) {
+        if !tried(upstream) {
             eprintln!(
                 "x: warning: {upstream} is untried; the series was made and tested on 6.12.{TRIED}"
             );
@@ -226,6 +223,17 @@ impl Source {
     }
 }
 
+/// The kernel's own version in that of the package.
+fn upstream(version: &str) -> &str {
+    version.split('-').next().unwrap_or(version)
+}
+
+/// Whether it is the one that the series was made and tried on.
+fn tried(upstream: &str) -> bool {
+    let y = upstream.strip_prefix("6.12.");
+    y.and_then(|y| y.parse().ok()) == Some(TRIED)
+}
+
 /// The patches in order: name and path.
 pub fn series() -> Result<Vec<(String, PathBuf)>> {
     let dir = paths::in_root("kernel/patches");
@@ -355,6 +363,25 @@ diff --git a/mm/a.c b/mm/a.c
 ";
         let names: Vec<_> = files_of(patch).unwrap().into_iter().collect();
         assert_eq!(names, ["mm/a.c", "mm/new.h", "mm/old.c"].map(PathBuf::from));
+    }
+
+    #[test]
+    fn one_version_of_the_kernel_is_tried() {
+        assert!(tried(upstream(&format!("6.12.{TRIED}-1~deb12u1"))));
+        assert!(tried(upstream(&format!("6.12.{TRIED}"))));
+        let (before, after) = (TRIED - 1, TRIED + 1);
+        for other in [
+            format!("6.12.{before}-1"),
+            format!("6.12.{after}-1~bpo12+1"),
+            format!("6.12.{TRIED}0-1"),
+            format!("6.13.{TRIED}-1"),
+            format!("6.1.{TRIED}-1"),
+            format!("6.12~rc1-1+{TRIED}"),
+            "6.12-1".into(),
+            String::new(),
+        ] {
+            assert!(!tried(upstream(&other)), "{other}");
+        }
     }
 
     #[test]
