@@ -248,41 +248,4 @@ mod tests {
         assert_eq!(Report::parse("ok a\nok b\n").end, None);
         assert_eq!(Report::parse("end 1\nok a\n").end, None);
     }
-
-    /// The table of docs/on-demand-fork.md names every test of on-demand fork, and none that is not there.
-    #[test]
-    fn tests_of_on_demand_fork_are_documented() {
-        let sources = crate::paths::in_root("vmtest/tests/src/odf");
-        let mut tests = vec![];
-        for file in std::fs::read_dir(sources).unwrap() {
-            let text = std::fs::read_to_string(file.unwrap().path()).unwrap();
-            let group = text.split_once("group!(\"odf\";").map_or("", |(_, g)| g);
-            let group = group.split_once("\n);").map_or("", |(g, _)| g);
-            let names = group.split(',').map(|n| n.split('(').next().unwrap_or(n));
-            tests.extend(names.map(|n| n.trim().to_owned()).filter(|n| !n.is_empty()));
-        }
-        assert!(tests.len() > 100, "{tests:?}");
-        let doc = crate::paths::in_root("docs/on-demand-fork.md");
-        let doc = std::fs::read_to_string(doc).unwrap();
-        let table = doc.split_once("## Tests").unwrap().1;
-        // The second column, where all that is quoted is a test, or the beginning of some.
-        let cells = table.lines().filter_map(|l| l.split('|').nth(2));
-        let named: Vec<&str> = cells
-            .flat_map(|c| c.split('`').skip(1).step_by(2))
-            .filter(|n| !n.contains(' '))
-            .collect();
-        let is = |test: &str, name: &str| match name.strip_suffix('*') {
-            Some(beginning) => test.starts_with(beginning),
-            None => test == name,
-        };
-        for name in &named {
-            assert!(tests.iter().any(|t| is(t, name)), "no test {name}");
-        }
-        for test in &tests {
-            assert!(
-                named.iter().any(|n| is(test, n)),
-                "{test} is not in the table"
-            );
-        }
-    }
 }

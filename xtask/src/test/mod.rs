@@ -12,6 +12,8 @@
 //! mutations  a test fails when a handling is taken out (only with --long)
 //! ```
 
+#[cfg(test)]
+mod docs;
 mod guest;
 mod host;
 mod lab;

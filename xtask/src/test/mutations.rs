@@ -17,7 +17,8 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::time::Duration;
 
-const LIST: &str = include_str!("../../../vmtest/mutations/list.txt");
+/// Every mutation, and which tests must notice it.
+pub(super) const LIST: &str = include_str!("../../../vmtest/mutations/list.txt");
 
 /// Time for all tests without a mutation.
 const ALL: Duration = Duration::from_secs(20 * 60);
@@ -26,10 +27,11 @@ const ONE: Duration = Duration::from_secs(60);
 
 /// A row of the list.
 #[derive(Debug)]
-struct Mutation {
-    name: String,
+pub(super) struct Mutation {
+    /// What the boot parameter says
+    pub name: String,
     /// Tests of which one must fail
-    tests: Vec<String>,
+    pub tests: Vec<String>,
 }
 
 /// Runs the mutations that the filter lets through.
@@ -173,7 +175,7 @@ fn verdict(met: bool, usable: &BTreeSet<String>, report: &Report, vm: Verdict) -
 }
 
 /// The list's rows: name, tests with commas between, what is taken out.
-fn list(text: &str) -> Result<Vec<Mutation>> {
+pub(super) fn list(text: &str) -> Result<Vec<Mutation>> {
     let mut names = BTreeSet::new();
     text.lines()
         .filter(|l| !l.trim().is_empty() && !l.starts_with('#'))
