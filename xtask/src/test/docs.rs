@@ -109,3 +109,17 @@ fn arguments_for_on_demand_fork_name_their_tests() {
         }
     }
 }
+
+/// Each guest test is in a row of docs/kernel-paths.md, but those of on-demand fork, which the table above has;
+/// and no row names one that is not there.
+#[test]
+fn each_test_stands_with_its_path() {
+    let tests = tests();
+    let doc = read("docs/kernel-paths.md");
+    let rows = doc.lines().filter(|l| l.starts_with("| "));
+    let names = rows.flat_map(quoted).filter(|n| n.contains("::"));
+    let names = Names::new(names.map(str::to_owned), &tests);
+    for test in tests.iter().filter(|t| !t.starts_with("odf::")) {
+        assert!(names.have(test), "{test} is in no row of kernel-paths.md");
+    }
+}
