@@ -44,7 +44,7 @@ struct Options {
     /// Write the table and the JSON into this directory, too
     #[arg(long)]
     out: Option<PathBuf>,
-    /// Measure only this kernel; nothing is judged then
+    /// Measure only this kernel; nothing is compared then, limits of our own figures are judged
     #[arg(long)]
     flavor: Option<Flavor>,
     /// Measure only these parts

@@ -57,7 +57,7 @@ pub struct Args {
     /// Only this part
     #[arg(long)]
     only: Option<Part>,
-    /// Guest tests only on this kernel
+    /// Guest tests, selftests and stressors only on this kernel
     #[arg(long)]
     flavor: Option<Flavor>,
 }
