@@ -625,7 +625,8 @@ fn on_disk(direct: &impl AsRawFd, page: u64) -> Res<Vec<u8>> {
     Ok(out)
 }
 
-fn expect_on_disk(t: &Team, direct: &impl AsRawFd, page: u64) -> Res {
+/// What is on the disk of a page is what the model says.
+pub fn expect_on_disk(t: &Team, direct: &impl AsRawFd, page: u64) -> Res {
     let got = on_disk(direct, page)?;
     if let Some(why) =
         crate::oracle::diagnose(t.model.seed, page, t.model.pages[page as usize], &got)

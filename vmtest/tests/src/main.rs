@@ -24,6 +24,7 @@ mod ops;
 mod oracle;
 mod peer;
 mod probe;
+mod races;
 mod sys;
 mod team;
 mod tlb;
@@ -91,6 +92,7 @@ fn selected(filter: &str) -> Vec<harness::Test> {
         faults::tests(),
         fork::tests(),
         concurrent::tests(),
+        races::tests(),
         gup::tests(),
         allocfail::tests(),
         odf::tests(),
