@@ -4,6 +4,7 @@
 //! check that no shared table and no link is left. With `--stock` the same operations run without
 //! asking for sharing, which shows that the expectations are those of an ordinary kernel.
 
+mod aging;
 mod allocfail;
 mod concurrent;
 mod damon;
@@ -93,6 +94,7 @@ fn selected(filter: &str) -> Vec<harness::Test> {
         fork::tests(),
         concurrent::tests(),
         races::tests(),
+        aging::tests(),
         gup::tests(),
         allocfail::tests(),
         odf::tests(),
