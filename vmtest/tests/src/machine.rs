@@ -3,7 +3,6 @@
 
 use crate::harness::{Res, Stop};
 use crate::kernel;
-use std::ffi::{CStr, CString};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -346,49 +345,26 @@ impl Swap {
 pub struct Ext4 {
     /// Where it is mounted.
     pub dir: PathBuf,
-    _zram: Option<Zram>,
+    _zram: Zram,
 }
 
 impl Ext4 {
     /// Makes and mounts one of `megabytes`.
     pub fn mount(megabytes: u32) -> Res<Ext4> {
         let zram = Zram::new(megabytes)?;
-        let dir = Self::at(&zram.path(), &[], c"")?;
-        Ok(Ext4 {
-            dir,
-            _zram: Some(zram),
-        })
-    }
-
-    /// The same on the machine's persistent memory, with files that have no page cache.
-    pub fn dax() -> Res<Ext4> {
-        const DISK: &str = "/dev/pmem0";
-        if !Path::new(DISK).exists() {
-            crate::skip!("no persistent memory");
-        }
-        // A block is a page, or there is no such mount.
-        let dir = Self::at(DISK, &["-b", "4096"], c"dax=always")?;
-        Ok(Ext4 { dir, _zram: None })
-    }
-
-    /// Makes one on `disk`, and a directory to mount it on.
-    fn at(disk: &str, format: &[&str], options: &CStr) -> Res<PathBuf> {
-        tool(
-            "mke2fs",
-            &[&["-q", "-F", "-t", "ext4"], format, &[disk]].concat(),
-        )?;
+        tool("mke2fs", &["-q", "-F", "-t", "ext4", &zram.path()])?;
         let dir = PathBuf::from(format!("/tmp/{PREFIX}ext4-{}", std::process::id()));
         fs::create_dir_all(&dir)?;
-        let from = CString::new(disk).unwrap_or_default();
-        let to = CString::new(dir.as_os_str().as_encoded_bytes()).unwrap_or_default();
-        // SAFETY: NUL-terminated strings.
+        let from = std::ffi::CString::new(zram.path()).unwrap_or_default();
+        let to = std::ffi::CString::new(dir.as_os_str().as_encoded_bytes()).unwrap_or_default();
+        // SAFETY: NUL-terminated strings; no data argument.
         let r = unsafe {
             libc::mount(
                 from.as_ptr(),
                 to.as_ptr(),
                 c"ext4".as_ptr(),
                 0,
-                options.as_ptr().cast(),
+                std::ptr::null(),
             )
         };
         if r != 0 {
@@ -397,9 +373,9 @@ impl Ext4 {
             if e.0 == libc::ENODEV {
                 crate::skip!("this kernel has no ext4");
             }
-            crate::fail!("mount {disk}: {e}");
+            crate::fail!("mount {}: {e}", zram.path());
         }
-        Ok(dir)
+        Ok(Ext4 { dir, _zram: zram })
     }
 
     /// A new empty file on it, open for reading and writing.

@@ -2,7 +2,7 @@
 
 use crate::harness::{Ctx, Res};
 use crate::kernel;
-use crate::machine::{Ext4, Mode, Setting};
+use crate::machine::{Mode, Setting};
 use crate::oracle::{pages, Model};
 use crate::peer::Peer;
 use crate::sys::{
@@ -22,7 +22,6 @@ group!("mapspt";
     hugetlb_is_refused,
     device_files_are_refused,
     secret_memory_is_refused,
-    dax_is_refused(60),
     bad_length_and_offset,
     misaligned_length_and_offset,
     misaligned_fixed_address,
@@ -185,19 +184,6 @@ fn device_files_are_refused(ctx: &Ctx) -> Res {
         refused(path, r, libc::EINVAL)?;
     }
     Ok(())
-}
-
-/// Row 2: files whose pages are the disk's own memory.
-fn dax_is_refused(ctx: &Ctx) -> Res {
-    ctx.need_feature()?;
-    let fs = Ext4::dax()?;
-    let file = fs.file("f")?;
-    file.set_len(GRANULE)?;
-    refused(
-        "a file without a page cache",
-        try_map(GRANULE, SPT, file.as_raw_fd(), 0),
-        libc::EINVAL,
-    )
 }
 
 /// Row 2: memory that looks like a file but is in no page cache.

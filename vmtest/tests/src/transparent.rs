@@ -32,7 +32,6 @@ group!("transparent";
     sparse_file_shares_and_fills,
     not_private,
     not_hugetlb,
-    not_dax(60),
     not_locked,
     not_locked_future,
     not_pmd_folio,
@@ -501,32 +500,6 @@ fn not_hugetlb(ctx: &Ctx) -> Res {
     }
     model.store(&peers[0], at[0] + PAGE, 1)?;
     model.verify_mapped(&peers[1], at[1], 0..pages(2))
-}
-
-/// Not eligible: files whose pages are the disk's own memory.
-fn not_dax(ctx: &Ctx) -> Res {
-    let fs = Ext4::dax()?;
-    let fd: OwnedFd = fs.file("f")?.into();
-    ctx.opt_in()?;
-    let mut t = Team::untouched(ctx, fd, 2, 2)?;
-    t.model.fill(&t.fd, 0..pages(2))?;
-    // SAFETY: all zeros is a valid one.
-    let mut x: libc::statx = unsafe { std::mem::zeroed() };
-    let a = [
-        t.raw() as u64,
-        c"".as_ptr() as u64,
-        libc::AT_EMPTY_PATH as u64,
-        0,
-        &raw mut x as u64,
-    ];
-    sys::syscall(libc::SYS_statx, &a)?;
-    ensure!(
-        x.stx_attributes & libc::STATX_ATTR_DAX as u64 != 0,
-        "the file has a page cache"
-    );
-    t.touch_all()?;
-    t.expect_all(0)?;
-    t.coherent()
 }
 
 /// Not eligible: a part that was locked before it was touched, by mlock or MAP_LOCKED.

@@ -113,11 +113,6 @@ impl Flavor {
         }
     }
 
-    /// Whether it has what `devices.config` adds, which no figure is measured with.
-    pub fn has_devices(self) -> bool {
-        self.fragments().contains(&"devices.config")
-    }
-
     /// Whether programs can ask it to share.
     pub fn shares(self) -> bool {
         self.fragments().contains(&"ptshare.config")

@@ -49,17 +49,11 @@ fn boot(flavor: Flavor, append: &str, filter: Option<&str>, long: bool) -> Resul
 
 /// The VM that the tests want.
 pub fn vm(flavor: Flavor) -> Vm {
-    // Two nodes, so that migration and NUMA balancing have where to go, and a disk that is memory.
-    let disk = if flavor.has_devices() {
-        "memmap=64M!1G"
-    } else {
-        ""
-    };
     Vm::new(flavor)
         .mem("4G")
         .smp(2)
+        // Two nodes, so that migration and NUMA balancing have where to go.
         .append("numa=fake=2")
-        .append(disk)
         .cwd("/")
         .tee(Progress::boxed)
 }
