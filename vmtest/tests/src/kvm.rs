@@ -402,32 +402,41 @@ fn other_threads_fault_while_a_machine_is_created(ctx: &Ctx) -> Res {
     // Arguments: address, pages.
     let race: Remote = |a, _| {
         let (addr, n) = (a[0], a[1]);
-        let done = std::sync::Arc::new(AtomicU32::new(0));
+        const DONE: u32 = u32::MAX;
+        let rounds = std::sync::Arc::new(AtomicU32::new(0));
         let thread = {
-            let done = done.clone();
+            let rounds = rounds.clone();
             std::thread::spawn(move || {
                 sys::pin_to_cpu(1);
-                let mut rounds = 0u64;
-                while done.load(SeqCst) == 0 {
-                    rounds += 1;
+                loop {
                     let len = n * PAGE;
                     sys::syscall(libc::SYS_madvise, &[addr, len, libc::MADV_DONTNEED as u64]).ok();
                     for page in (0..n).step_by(GRANULE_PAGES as usize) {
                         if sys::load64(addr + page * PAGE).is_err() {
-                            return 0;
+                            return false;
                         }
                     }
+                    let next = |r| (r != DONE).then(|| r + 1);
+                    if rounds.fetch_update(SeqCst, SeqCst, next).is_err() {
+                        return true;
+                    }
                 }
-                rounds
             })
         };
+        // However busy the machine is: rounds before and after, or a thread that ended.
+        let goes_on = || {
+            let from = rounds.load(SeqCst);
+            while rounds.load(SeqCst) < from + 2 && !thread.is_finished() {
+                std::thread::yield_now();
+            }
+        };
         sys::pin_to_cpu(0);
-        std::thread::sleep(Duration::from_millis(3));
+        goes_on();
         let r = CREATE(&[], &[]).0;
-        std::thread::sleep(Duration::from_millis(3));
-        done.store(1, SeqCst);
+        goes_on();
+        rounds.store(DONE, SeqCst);
         match thread.join() {
-            Ok(rounds) if rounds > 0 => (r, vec![]),
+            Ok(true) => (r, vec![]),
             _ => (-i64::from(libc::EFAULT), vec![]),
         }
     };
