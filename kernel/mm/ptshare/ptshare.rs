@@ -308,6 +308,9 @@ unsafe extern "C" fn ptshare_check_vma(vma: *mut bindings::vm_area_struct) -> c_
     }
 }
 
+/// Without a hint above it no mapping is placed beyond: the kernel's `DEFAULT_MAP_WINDOW`.
+const WINDOW: c_ulong = (1 << 47) - (1 << granule::PAGE_SHIFT);
+
 /// Finds a place for a mapping at an address congruent to its file offset.
 ///
 /// Returns the address, a negative error number, or 0 if the mapping goes where any would.
@@ -348,8 +351,8 @@ unsafe extern "C" fn ptshare_unmapped_area(
         return addr;
     }
     let room = match granule::padded(len as u64) {
-        // The hint still says where, and that addresses above 47 bits are wanted.
-        Some(padded) => area(addr, padded) as u64,
+        // A hint above 47 bits still says that the whole address space may be used.
+        Some(padded) => area(if addr > WINDOW { addr } else { 0 }, padded) as u64,
         None => failed,
     };
     // Addresses are page aligned, error numbers are not.
