@@ -23,6 +23,7 @@ use crate::kernel::{self, Flavor};
 use crate::splat::Matcher;
 use crate::{guest, paths};
 use anyhow::{bail, ensure, Context, Result};
+use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::Signal;
 use nix::sys::stat::Mode;
 use serde::Serialize;
@@ -341,28 +342,46 @@ struct Spec {
     nonce: String,
 }
 
-/// A directory for the files of one run. The newest are kept for reading.
+/// A directory for the files of one run. The newest are kept for reading, and those of runs that go on.
 struct RunDir {
     dir: PathBuf,
+    _in_use: Flock<File>,
 }
 
 impl RunDir {
     fn new() -> Result<Self> {
-        let runs = paths::cache_dir("runs")?;
-        let mut old: Vec<_> = fs::read_dir(&runs)?
+        Self::new_in(&paths::cache_dir("runs")?)
+    }
+
+    fn new_in(runs: &Path) -> Result<Self> {
+        let mut old: Vec<_> = fs::read_dir(runs)?
             .flatten()
             .filter_map(|e| Some((e.metadata().ok()?.modified().ok()?, e.path())))
             .collect();
         old.sort();
         old.reverse();
         for (_, dir) in old.iter().skip(KEEP_RUNS) {
-            let _ = fs::remove_dir_all(dir);
+            // A long run sees many short ones come and go.
+            if Self::hold(dir).is_ok() {
+                let _ = fs::remove_dir_all(dir);
+            }
         }
         let dir = tempfile::Builder::new()
             .prefix("run-")
-            .tempdir_in(&runs)?
+            .tempdir_in(runs)?
             .keep();
-        Ok(Self { dir })
+        let in_use = Self::hold(&dir)?;
+        Ok(Self {
+            dir,
+            _in_use: in_use,
+        })
+    }
+
+    /// The directory as one's own, unless somebody else has it.
+    fn hold(dir: &Path) -> Result<Flock<File>> {
+        Flock::lock(File::open(dir)?, FlockArg::LockExclusiveNonblock)
+            .map_err(|(_, e)| e)
+            .with_context(|| format!("locking {}", dir.display()))
     }
 
     fn file(&self, name: &str) -> PathBuf {
@@ -467,4 +486,25 @@ fn comma(path: &Path) -> Result<String> {
         .to_str()
         .with_context(|| format!("{} is not UTF-8", path.display()))?;
     Ok(text.replace(',', ",,"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn directories_of_runs_that_go_on_are_kept() {
+        let runs = tempfile::tempdir().unwrap();
+        let first = RunDir::new_in(runs.path()).unwrap();
+        let ended = RunDir::new_in(runs.path()).unwrap().dir;
+        for dir in [&first.dir, &ended] {
+            let long_ago = std::time::SystemTime::UNIX_EPOCH;
+            File::open(dir).unwrap().set_modified(long_ago).unwrap();
+        }
+        for _ in 0..KEEP_RUNS + 2 {
+            RunDir::new_in(runs.path()).unwrap();
+        }
+        assert!(first.dir.exists());
+        assert!(!ended.exists());
+    }
 }
