@@ -6,6 +6,7 @@ use crate::kernel;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 const PREFIX: &str = "guest-tests-";
 
@@ -159,7 +160,18 @@ impl Damon {
 
     fn write(&self, file: &str, text: &str) -> Res {
         let path = format!("{}/{file}", Damon::DIR);
-        fs::write(&path, text).map_err(|e| Stop::Fail(format!("writing {text:?} to {path}: {e}")))
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            match fs::write(&path, text) {
+                // DAMON's own thread is at its files just then.
+                Err(e) if e.raw_os_error() == Some(libc::EBUSY) && Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                r => {
+                    return r.map_err(|e| Stop::Fail(format!("writing {text:?} to {path}: {e}")));
+                }
+            }
+        }
     }
 
     fn end() {
