@@ -1131,7 +1131,6 @@ fn collapse_by_process_madvise(ctx: &Ctx) -> Res {
     t.coherent()
 }
 
-/// A huge folio whose pages all map one by one, through shared tables, until one process has
 /// Three processes that map huge pages of a file by small entries, which they share.
 fn huge_pages_mapped_small(ctx: &Ctx) -> Res<Team> {
     const DIR: &str = "/sys/kernel/mm/transparent_hugepage";
@@ -1176,6 +1175,7 @@ fn pageout_of_a_part_of_a_huge_page(ctx: &Ctx) -> Res {
     Ok(())
 }
 
+/// A huge folio whose pages all map one by one, through shared tables, until one process has
 /// MADV_COLLAPSE map it whole for itself: the others keep their tables.
 fn collapse_of_a_huge_page_mapped_small(ctx: &Ctx) -> Res {
     let mut t = huge_pages_mapped_small(ctx)?;

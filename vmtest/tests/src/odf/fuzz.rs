@@ -612,7 +612,8 @@ impl World {
         let before = Events::now();
         let steps = self.run(walk)?;
         // A granule that is huge is not shared.
-        shared_enough(ctx, &before, steps, if self.huge { 60 } else { 20 })
+        let one_in = if self.huge { 60 } else { 20 };
+        shared_enough(ctx, self.seed, &before, steps, one_in)
     }
 
     /// Returns how many steps it made.
@@ -639,12 +640,12 @@ impl World {
 }
 
 /// A table was shared in one of so many steps, and copied and taken back in a third of that.
-fn shared_enough(ctx: &Ctx, before: &Events, steps: u64, one_in: u64) -> Res {
+fn shared_enough(ctx: &Ctx, seed: u64, before: &Events, steps: u64, one_in: u64) -> Res {
     if ctx.sharing {
         let (since, least) = (Events::now().since(before), steps / one_in);
         ensure!(
             since.shared > least && since.copied > least / 3 && since.reused > least / 3,
-            "{since:?} in {steps} steps"
+            "seed {seed}: {since:?} in {steps} steps"
         );
     }
     Ok(())
@@ -714,5 +715,5 @@ fn fuzz_many_small_steps(ctx: &Ctx) -> Res {
         steps += World::new(ctx, ctx.seed.wrapping_add(4000 + n))?.run(Walk::steps(150))?;
     }
     // By all of them: one alone has too few.
-    shared_enough(ctx, &before, steps, 20)
+    shared_enough(ctx, ctx.seed.wrapping_add(4000), &before, steps, 20)
 }
