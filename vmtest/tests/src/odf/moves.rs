@@ -6,7 +6,7 @@ use crate::inplace::{hinted, numa_hints, two_nodes};
 use crate::kernel;
 use crate::oracle::pages;
 use crate::peer::Remote;
-use crate::sys::{self, GRANULE, GRANULE_PAGES, PAGE};
+use crate::sys::{self, ANON, GRANULE, GRANULE_PAGES, PAGE, PRIVATE, RW};
 use crate::{ensure, ensure_eq, group, skip};
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
@@ -212,32 +212,63 @@ const BURN: Remote = |a, _| {
     (0, vec![])
 };
 
-/// Hinting does not touch what is shared. It is at work: a process that shares nothing gets hints meanwhile.
+/// Pages that tell by their faults that hinting has come to a process.
+const CANARY: u64 = 256;
+
+/// Memory of a process' own, mapped after all else and half of it away from either node: whoever makes hints
+/// in it has been to the rest, too.
+fn canary(k: &Kin) -> Res<u64> {
+    let at = k.peer.mmap(0, CANARY * PAGE, RW, PRIVATE | ANON, -1, 0)??;
+    let addrs: Vec<u64> = (0..CANARY).map(|n| at + n * PAGE).collect();
+    for n in &addrs {
+        ensure_eq!(k.peer.store(*n, 1)?, Ok(()), "a store at {n:x}");
+    }
+    let nodes: Vec<i32> = (0..CANARY).map(|n| (n % 2) as i32).collect();
+    let mut status = vec![0i32; addrs.len()];
+    let a = [
+        k.peer.pid as u64,
+        CANARY,
+        addrs.as_ptr() as u64,
+        nodes.as_ptr() as u64,
+        status.as_mut_ptr() as u64,
+        MOVE,
+    ];
+    sys::syscall(libc::SYS_move_pages, &a)?;
+    ensure!(status == nodes, "the canary is on {status:?}");
+    Ok(at)
+}
+
+/// In a peer: how many faults it takes to read `a[1]` pages at `a[0]`, all of which it has.
+const HINTS: Remote = |a, _| {
+    let before = sys::fault_counts().0;
+    for n in 0..a[1] {
+        if let Err(f) = sys::load64(a[0] + n * PAGE) {
+            return (-1, format!("page {n}: {f:?}").into_bytes());
+        }
+    }
+    ((sys::fault_counts().0 - before) as i64, vec![])
+};
+
+/// Hinting does not touch what is shared, though it comes to each process that shares.
 fn numa_hints_after_the_fork(ctx: &Ctx) -> Res {
     two_nodes()?;
     let mut k = Kin::new(ctx, 3)?;
     let mut child = k.child(ctx, 3)?;
     let on = numa_hints()?;
-    let (before, hints) = (Events::now(), hinted().0);
-    for round in 0..8 {
-        // A new one each time: of memory that nobody touches no more hints are made after a while.
-        let mut own = Kin::untouched(ctx, 3)?;
-        own._quiet = None;
-        std::fs::write("/proc/sys/kernel/numa_balancing", "1")?;
-        own.fill(0..pages(3))?;
-        move_to(&own, 1 - round % 2, MOVE)?;
-        move_to(&k, 1 - round % 2, MOVE_ALL)?;
-        own.peer.start(BURN, &[2500], &[])?;
+    let canaries = [canary(&k)?, canary(&child)?];
+    let before = Events::now();
+    let mut hints = [0; 2];
+    let end = Instant::now() + Duration::from_secs(80);
+    while hints.iter().any(|n| *n < CANARY as i64 / 4) {
+        ensure!(Instant::now() < end, "NUMA balancing made {hints:?} hints");
+        move_to(&k, 1, MOVE_ALL)?;
         spin(ctx, &[&k, &child], 0)?;
-        own.peer.finish()?;
-        own.verify()?;
-        // Those two have run for a second by then, too.
-        if round > 0 && hinted().0 >= hints + pages(1) {
-            break;
+        for (i, kin) in [&k, &child].into_iter().enumerate() {
+            let (n, why) = kin.peer.call(HINTS, &[canaries[i], CANARY], &[])?;
+            ensure!(n >= 0, "{}", String::from_utf8_lossy(&why));
+            hints[i] += n;
         }
     }
-    let made = hinted().0 - hints;
-    ensure!(made >= pages(1), "NUMA balancing made {made} hints");
     before.expect(ctx, 0, 0)?;
     child.borrows(ctx, 3)?;
     spin(ctx, &[&k, &child], 1)?;
