@@ -398,12 +398,13 @@ fn cgroup_pays_once(ctx: &Ctx) -> Res {
         "reading cost the cgroup {} bytes",
         after.saturating_sub(before)
     );
-    child.fill(0..GRANULE_PAGES)?;
-    let now = settled(&group)?;
+    // So much that an eighth of it is more than those stocks, here, too.
+    const WRITTEN: u64 = 6;
+    child.fill(0..pages(WRITTEN))?;
+    let cost = settled(&group)?.saturating_sub(before);
     ensure!(
-        now > before + GRANULE * 7 / 8 && now < before + GRANULE * 9 / 8 + (256 << 10),
-        "writing a granule cost the cgroup {} bytes",
-        now - before
+        cost > WRITTEN * GRANULE * 7 / 8 && cost < WRITTEN * GRANULE * 9 / 8,
+        "writing {WRITTEN} granules cost the cgroup {cost} bytes"
     );
     child.peer.exit()?;
     k.sees(0..pages(8))?;
