@@ -5,8 +5,8 @@
 //! host       cargo test, fmt, clippy, checkpatch
 //! kernel     the three flavors build
 //! lab        a VM shows what it should, and fails when it should
-//! guest      vmtest/tests on release and debug, and on stock what holds there;
-//!            with --long also with the series built out
+//! guest      vmtest/tests on release and debug, some of what holds there on
+//!            stock; with --long all of it, also with the series built out
 //! selftests  the kernel's own mm tests: what passes on stock passes on release
 //! stress     stress-ng's mapping stressors on release
 //! mutations  a test fails when a handling is taken out (only with --long)
