@@ -261,32 +261,13 @@ impl Zram {
             format!("/sys/block/zram{n}/disksize"),
             format!("{megabytes}M"),
         )?;
-        z.make_node()?;
+        device_node(&format!("zram{n}"))?;
         Ok(z)
     }
 
     /// The device's path.
     pub fn path(&self) -> String {
         format!("/dev/zram{}", self.n)
-    }
-
-    fn make_node(&self) -> Res {
-        if Path::new(&self.path()).exists() {
-            return Ok(());
-        }
-        let dev = fs::read_to_string(format!("/sys/block/zram{}/dev", self.n))?;
-        let (major, minor) = dev.trim().split_once(':').unwrap_or(("0", "0"));
-        let dev = libc::makedev(major.parse().unwrap_or(0), minor.parse().unwrap_or(0));
-        let path = std::ffi::CString::new(self.path()).unwrap_or_default();
-        // SAFETY: a NUL-terminated path.
-        let r = unsafe { libc::mknod(path.as_ptr(), libc::S_IFBLK | 0o600, dev) };
-        crate::ensure!(
-            r == 0,
-            "mknod {}: {}",
-            self.path(),
-            crate::sys::Errno::last()
-        );
-        Ok(())
     }
 
     fn remove(&self) {
@@ -308,6 +289,22 @@ impl Drop for Zram {
     fn drop(&mut self) {
         self.remove();
     }
+}
+
+/// Makes the node of a block device, unless it is there, and returns its path.
+fn device_node(name: &str) -> Res<String> {
+    let node = format!("/dev/{name}");
+    if Path::new(&node).exists() {
+        return Ok(node);
+    }
+    let dev = fs::read_to_string(format!("/sys/block/{name}/dev"))?;
+    let (major, minor) = dev.trim().split_once(':').unwrap_or(("0", "0"));
+    let dev = libc::makedev(major.parse().unwrap_or(0), minor.parse().unwrap_or(0));
+    let path = std::ffi::CString::new(node.as_str()).unwrap_or_default();
+    // SAFETY: a NUL-terminated path.
+    let r = unsafe { libc::mknod(path.as_ptr(), libc::S_IFBLK | 0o600, dev) };
+    crate::ensure!(r == 0, "mknod {node}: {}", crate::sys::Errno::last());
+    Ok(node)
 }
 
 /// Swap on zram until dropped.
@@ -357,26 +354,40 @@ impl Swap {
 pub struct Ext4 {
     /// Where it is mounted.
     pub dir: PathBuf,
-    _zram: Zram,
+    _zram: Option<Zram>,
 }
 
 impl Ext4 {
     /// Makes and mounts one of `megabytes`.
     pub fn mount(megabytes: u32) -> Res<Ext4> {
         let zram = Zram::new(megabytes)?;
-        tool("mke2fs", &["-q", "-F", "-t", "ext4", &zram.path()])?;
+        let device = zram.path();
+        Ext4::on(&device, "", Some(zram))
+    }
+
+    /// Makes and mounts one whose files have no page cache (DAX), on what memory the VM has set aside for it.
+    pub fn dax() -> Res<Ext4> {
+        if !Path::new("/sys/block/pmem0").exists() {
+            crate::skip!("no persistent memory here");
+        }
+        Ext4::on(&device_node("pmem0")?, "dax=always", None)
+    }
+
+    fn on(device: &str, options: &str, zram: Option<Zram>) -> Res<Ext4> {
+        tool("mke2fs", &["-q", "-F", "-b", "4096", "-t", "ext4", device])?;
         let dir = PathBuf::from(format!("/tmp/{PREFIX}ext4-{}", std::process::id()));
         fs::create_dir_all(&dir)?;
-        let from = std::ffi::CString::new(zram.path()).unwrap_or_default();
+        let from = std::ffi::CString::new(device).unwrap_or_default();
+        let data = std::ffi::CString::new(options).unwrap_or_default();
         let to = std::ffi::CString::new(dir.as_os_str().as_encoded_bytes()).unwrap_or_default();
-        // SAFETY: NUL-terminated strings; no data argument.
+        // SAFETY: NUL-terminated strings.
         let r = unsafe {
             libc::mount(
                 from.as_ptr(),
                 to.as_ptr(),
                 c"ext4".as_ptr(),
                 0,
-                std::ptr::null(),
+                data.as_ptr().cast(),
             )
         };
         if r != 0 {
@@ -385,7 +396,7 @@ impl Ext4 {
             if e.0 == libc::ENODEV {
                 crate::skip!("this kernel has no ext4");
             }
-            crate::fail!("mount {}: {e}", zram.path());
+            crate::fail!("mount {device}: {e}");
         }
         Ok(Ext4 { dir, _zram: zram })
     }

@@ -2,7 +2,7 @@
 
 use crate::harness::{Ctx, Res};
 use crate::kernel;
-use crate::machine::{Mode, Setting};
+use crate::machine::{Ext4, Mode, Setting};
 use crate::oracle::{pages, Model};
 use crate::peer::Peer;
 use crate::sys::{
@@ -20,6 +20,7 @@ group!("mapspt";
     off_mode_is_eopnotsupp,
     without_map_shared,
     hugetlb_is_refused,
+    dax_is_refused,
     device_files_are_refused,
     secret_memory_is_refused,
     bad_length_and_offset,
@@ -167,6 +168,18 @@ fn hugetlb_is_refused(ctx: &Ctx) -> Res {
         try_map(GRANULE, SPT, fd.as_raw_fd(), 0),
         libc::EINVAL,
     )
+}
+
+/// Row 2: files without a page cache.
+fn dax_is_refused(ctx: &Ctx) -> Res {
+    ctx.need_feature()?;
+    let fs = Ext4::dax()?;
+    let file = fs.file("f")?;
+    file.set_len(GRANULE)?;
+    let r = try_map(GRANULE, SPT, file.as_raw_fd(), 0);
+    refused("a DAX file", r, libc::EINVAL)?;
+    try_map(GRANULE, SHARED, file.as_raw_fd(), 0)?;
+    Ok(())
 }
 
 /// Row 2: device files. /dev/zero is one, though its shared mappings are memory.

@@ -32,6 +32,7 @@ group!("transparent";
     sparse_file_shares_and_fills,
     not_private,
     not_hugetlb,
+    not_dax,
     not_locked,
     not_locked_future,
     not_pmd_folio,
@@ -500,6 +501,33 @@ fn not_hugetlb(ctx: &Ctx) -> Res {
     }
     model.store(&peers[0], at[0] + PAGE, 1)?;
     model.verify_mapped(&peers[1], at[1], 0..pages(2))
+}
+
+/// Not eligible: a file without a page cache.
+fn not_dax(ctx: &Ctx) -> Res {
+    ctx.opt_in()?;
+    let fs = Ext4::dax()?;
+    let fd: OwnedFd = fs.file("f")?.into();
+    let mut model = Model::new(ctx.seed, 0);
+    model.truncate(&fd, pages(2))?;
+    model.fill(&fd, 0..pages(2))?;
+    let peers = [Peer::spawn()?, Peer::spawn()?];
+    let mut at = vec![];
+    for p in &peers {
+        let a = p.place(0, 2 * GRANULE)?;
+        p.mmap(a, 2 * GRANULE, RW, SHARED | FIXED, fd.as_raw_fd(), 0)??;
+        p.touch(a, pages(2))?;
+        at.push(a);
+    }
+    for p in &peers {
+        expect_tables(ctx, p, 0)?;
+    }
+    model.store(&peers[0], at[0] + PAGE, 1)?;
+    model.verify_mapped(&peers[1], at[1], 0..pages(2))?;
+    model.truncate(&fd, pages(1))?;
+    let gone = peers[1].load(at[1] + GRANULE)?;
+    ensure!(gone.is_err(), "a page beyond the end holds {gone:?}");
+    model.verify_mapped(&peers[0], at[0], 0..pages(1))
 }
 
 /// Not eligible: a part that was locked before it was touched, by mlock or MAP_LOCKED.

@@ -63,6 +63,11 @@ pub fn vm(flavor: Flavor) -> Vm {
         .smp(2)
         // Two nodes, so that migration and NUMA balancing have where to go.
         .append("numa=fake=2")
+        // Memory for files without a page cache, where there is a driver for it.
+        .append(match flavor {
+            Flavor::Debug | Flavor::Mutant => "memmap=96M!5G",
+            _ => "",
+        })
         .cwd("/")
         .tee(Progress::boxed)
 }

@@ -16,6 +16,7 @@ use std::sync::atomic::Ordering::SeqCst;
 group!("odf";
     private_file_memfd,
     private_file_ext4,
+    private_file_dax_is_copied,
     private_file_truncated,
     private_file_truncated_by_a_part_of_a_page,
     private_file_punched,
@@ -134,6 +135,18 @@ fn private_file_memfd(ctx: &Ctx) -> Res {
 fn private_file_ext4(ctx: &Ctx) -> Res {
     let fs = Ext4::mount(64)?;
     changes(ctx, fs.file("private")?.into())
+}
+
+/// A file without a page cache: fork copies the tables as ever.
+fn private_file_dax_is_copied(ctx: &Ctx) -> Res {
+    let fs = Ext4::dax()?;
+    let mut p = Private::new(ctx, fs.file("private")?.into(), 2)?;
+    let mut child = p.k.child(ctx, 0)?;
+    p.write_under(1, &mut [&mut child])?;
+    child.store(4)?;
+    p.k.store(6)?;
+    diverge(&mut [&mut p.k, &mut child])?;
+    p.file.verify_file(&p.fd)
 }
 
 /// What is beyond the end goes for everybody, their own pages too.
