@@ -74,9 +74,8 @@ fn key(tree: &Path) -> Result<String> {
         tools::output(Command::new("dpkg-query").args(query).args(LIBRARIES))
             .context("the selftests need libraries")?,
     );
-    for part in [CFLAGS, UFFD_SIZE.1] {
-        key.update(part);
-    }
+    // How they are built, and what else is put beside them.
+    key.update(include_str!("build.rs"));
     Ok(hex(&key.finalize()))
 }
 
