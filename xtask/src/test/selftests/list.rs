@@ -44,9 +44,10 @@ impl<'a> Words<'a> {
 }
 
 impl Entry<'_> {
-    /// What the guest is told: name, seconds, command.
-    pub fn line(&self) -> String {
-        format!("{}\t{}\t{}", self.name, self.seconds, self.command)
+    /// What the guest is told: name, seconds, command; `patience` times the seconds that the list has.
+    pub fn line(&self, patience: u32) -> String {
+        let seconds = self.seconds * patience;
+        format!("{}\t{seconds}\t{}", self.name, self.command)
     }
 
     /// Whether it is run in this way without --long.
@@ -112,10 +113,9 @@ impl<'a> List<'a> {
     pub fn knows(&self, program: &str) -> bool {
         let in_word = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
         self.left_out.contains(&program)
-            || self
-                .tests
-                .iter()
-                .any(|t| t.line().split(|c| !in_word(c)).any(|w| w == program))
+            || self.tests.iter().any(|t| {
+                t.name == program || t.command.split(|c| !in_word(c)).any(|w| w == program)
+            })
     }
 }
 
@@ -138,7 +138,7 @@ mod tests {
         let list = List::parse(text).unwrap();
         let a = &list.tests[0];
         assert_eq!(
-            (a.name, a.cases, a.line().as_str()),
+            (a.name, a.cases, a.line(1).as_str()),
             ("a", 3, "a\t9\tb -c; d.sh")
         );
         let [ptshare, odf] = &Way::ALL;
