@@ -210,6 +210,14 @@ fn kmsg(line: &str) {
 
 fn power_off() -> ! {
     nix::unistd::sync();
+    // The kernel stops the other CPUs wherever they are, and one that spreads load just then gives work to one
+    // that has stopped, which is a WARNING. In order, this happens to none. What cannot go offline stays.
+    for cpu in 1.. {
+        let online = format!("/sys/devices/system/cpu/cpu{cpu}/online");
+        if std::fs::write(online, "0").is_err() {
+            break;
+        }
+    }
     // It does not return but by an error, after which PID 1 ends and the
     // kernel panics: the VM is gone either way.
     let e = nix::sys::reboot::reboot(nix::sys::reboot::RebootMode::RB_POWER_OFF);
