@@ -11,7 +11,9 @@ expect() {
 }
 
 # Sets $ptshare and $odf: how often, since boot, an entry was pointed at a
-# file's shared table and a fork left a table in common.
+# file's shared table and a fork left a table in common. All of the file is read
+# first: read goes back to the end of each line, and that is somewhere else when
+# a number before it has grown by a digit.
 shared() {
     local name value
     ptshare=0 odf=0
@@ -20,7 +22,7 @@ shared() {
             ptshare_link) ptshare=$value ;;
             odf_table_shared) odf=$value ;;
         esac
-    done </proc/vmstat
+    done <<<"$(</proc/vmstat)"
 }
 
 swap_space() {

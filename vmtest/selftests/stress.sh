@@ -33,8 +33,8 @@ while IFS=$'\t' read -r name _ links forks special options; do
         [0-9]*) also=$special ;;
     esac
     shared; before_ptshare=$ptshare before_odf=$odf
-    # One operation of some takes longer than that on a busy machine, with the kernel's checkers.
-    for time in "$seconds" $((seconds * 6)); do
+    # One operation of some takes longer than that on a busy machine; tmpfs' takes minutes with the kernel's checkers.
+    for time in "$seconds" $((seconds * 6)) $((seconds * 40)); do
         # shellcheck disable=SC2086
         output=$(timeout -k 5 $((time * 2 + 90)) "${as[@]}" \
             stress-ng --verify --timeout "${time}s" --oomable --temp-path /run/ext4 \
