@@ -61,16 +61,17 @@ fn boot(flavor: Flavor, append: &str, filter: Option<&str>, long: bool) -> Resul
 
 /// The VM that the tests want.
 pub fn vm(flavor: Flavor) -> Vm {
+    // What is beyond 4 GiB of memory, so that nodes are as they are without it, is for files without a page cache.
+    let (mem, pmem) = match flavor {
+        Flavor::Debug | Flavor::Mutant => ("4192M", "memmap=96M!6G"),
+        _ => ("4G", ""),
+    };
     Vm::new(flavor)
-        .mem("4G")
+        .mem(mem)
         .smp(2)
         // Two nodes, so that migration and NUMA balancing have where to go.
         .append("numa=fake=2")
-        // Memory for files without a page cache, where there is a driver for it.
-        .append(match flavor {
-            Flavor::Debug | Flavor::Mutant => "memmap=96M!5G",
-            _ => "",
-        })
+        .append(pmem)
         .cwd("/")
         .tee(Progress::boxed)
 }
