@@ -58,6 +58,16 @@ pub fn kb_in(text: &str, name: &str) -> Option<u64> {
     line.split_whitespace().nth(1)?.parse().ok()
 }
 
+/// `PageTables` of /proc/meminfo in kB. CPUs count by themselves first, for each node, which together may
+/// be some 100 kB that a mere reader does not see.
+pub fn page_tables_kb() -> Res<u64> {
+    fs::write("/proc/sys/vm/stat_refresh", "1")?;
+    match kb_field("/proc/meminfo", "PageTables") {
+        Some(kb) => Ok(kb),
+        None => Err(Stop::Fail("/proc/meminfo has no PageTables".into())),
+    }
+}
+
 /// `PtShared` of a process in tables.
 pub fn tables_of(pid: i32) -> Res<u64> {
     match kb_field(&format!("/proc/{pid}/status"), "PtShared") {

@@ -93,10 +93,6 @@ fn events_only_grow(ctx: &Ctx) -> Res {
     Ok(())
 }
 
-fn page_tables_kb() -> u64 {
-    kernel::kb_field("/proc/meminfo", "PageTables").unwrap_or(0)
-}
-
 /// PageTables in /proc/meminfo counts each shared table once: 50 processes over 64 MiB.
 fn page_tables_are_counted_once(ctx: &Ctx) -> Res {
     const PROCESSES: u64 = 50;
@@ -113,7 +109,7 @@ fn page_tables_are_counted_once(ctx: &Ctx) -> Res {
     for p in &peers {
         p.faults()?;
     }
-    let before = page_tables_kb();
+    let before = kernel::page_tables_kb()?;
     for p in &peers {
         let a = p.map(&fd, 0, GRANULES * GRANULE, RW)?;
         for g in 0..GRANULES {
@@ -123,7 +119,7 @@ fn page_tables_are_counted_once(ctx: &Ctx) -> Res {
             crate::team::expect_tables(ctx, p, GRANULES)?;
         }
     }
-    let grown = page_tables_kb().saturating_sub(before);
+    let grown = kernel::page_tables_kb()?.saturating_sub(before);
     if ctx.sharing {
         // The tables once, two upper-level tables each, and some slack for whoever else runs.
         let limit = GRANULES * 4 + PROCESSES * 8 + 400;

@@ -275,12 +275,6 @@ fn oom_score_of_a_borrower(ctx: &Ctx) -> Res {
     Ok(())
 }
 
-/// PageTables of /proc/meminfo, with what each CPU has counted by itself, which may be 100 kB.
-fn page_tables_kb() -> u64 {
-    std::fs::write("/proc/sys/vm/stat_refresh", "1").ok();
-    kernel::kb_field("/proc/meminfo", "PageTables").unwrap_or(0)
-}
-
 /// A child that only reads has next to no page tables of its own, by VmPTE and by PageTables.
 fn page_tables_are_not_made(ctx: &Ctx) -> Res {
     // Far more than other processes need meanwhile.
@@ -288,12 +282,12 @@ fn page_tables_are_not_made(ctx: &Ctx) -> Res {
     let written = || (0..pages(granules)).step_by(GRANULE_PAGES as usize / 4);
     let mut k = Kin::untouched(ctx, granules)?;
     k.fill_every(GRANULE_PAGES / 4, 0..pages(granules))?;
-    let before = page_tables_kb();
+    let before = kernel::page_tables_kb()?;
     let child = k.child(ctx, granules)?;
     for page in written() {
         child.peer.load(child.at(page))??;
     }
-    let grown = page_tables_kb().saturating_sub(before);
+    let grown = kernel::page_tables_kb()?.saturating_sub(before);
     let pte =
         |k: &Kin| kernel::kb_field(&format!("/proc/{}/status", k.peer.pid), "VmPTE").unwrap_or(0);
     if ctx.sharing {
@@ -319,19 +313,19 @@ fn page_tables_are_not_made(ctx: &Ctx) -> Res {
     if ctx.sharing {
         // In nobody's account, and not freed either.
         ensure!(
-            page_tables_kb() + 200 > before,
+            kernel::page_tables_kb()? + 200 > before,
             "PageTables fell to {} kB",
-            page_tables_kb()
+            kernel::page_tables_kb()?
         );
     }
     child.sees(0..GRANULE_PAGES)?;
     child.peer.exit()?;
     let deadline = Instant::now() + Duration::from_secs(5);
-    while page_tables_kb() + 2 * granules > before {
+    while kernel::page_tables_kb()? + 2 * granules > before {
         ensure!(
             Instant::now() < deadline,
             "PageTables: {} kB, it was {before} kB with a process of {granules} tables",
-            page_tables_kb()
+            kernel::page_tables_kb()?
         );
         std::thread::sleep(Duration::from_millis(20));
     }
@@ -347,7 +341,7 @@ fn page_tables_of_a_living_child(ctx: &Ctx) -> Res {
     second.store(1)?;
     k.store(2)?;
     second.peer.exit()?;
-    let before = page_tables_kb();
+    let before = kernel::page_tables_kb()?;
     for n in 0..if ctx.long { 1000 } else { 100 } {
         let mut next = k.child(ctx, granules)?;
         next.store(n % pages(granules))?;
@@ -359,11 +353,11 @@ fn page_tables_of_a_living_child(ctx: &Ctx) -> Res {
     }
     let deadline = Instant::now() + Duration::from_secs(5);
     // One table for each granule that the parent has copied, and what any process has.
-    while page_tables_kb() > before + 4 * granules + 64 {
+    while kernel::page_tables_kb()? > before + 4 * granules + 64 {
         ensure!(
             Instant::now() < deadline,
             "PageTables: {} kB, it was {before} kB",
-            page_tables_kb()
+            kernel::page_tables_kb()?
         );
         std::thread::sleep(Duration::from_millis(20));
     }

@@ -91,8 +91,7 @@ fn forks_under(ctx: &Ctx, which: &str, percent: u32) -> Res {
     // One that lives on, so that tables are shared already, and one table that is not.
     let mut child = k.child(ctx, 6)?;
     k.store(3)?;
-    let tables = || kernel::kb_field("/proc/meminfo", "PageTables").unwrap_or(0);
-    let before = (tables(), Events::now());
+    let before = (kernel::page_tables_kb()?, Events::now());
     let gens: Vec<u8> = k.model.pages.iter().flat_map(|g| g.to_ne_bytes()).collect();
     let (mut made, mut failed) = (0, 0);
     for percent in [percent, 3 * percent, percent / 2 + 1] {
@@ -118,16 +117,18 @@ fn forks_under(ctx: &Ctx, which: &str, percent: u32) -> Res {
     diverge(&mut [&mut k, &mut child])?;
     let end = Instant::now() + Duration::from_secs(10);
     // Six tables that parent or child copied meanwhile, and what other processes had.
-    while tables() > before.0 + 6 * 4 + 64 {
+    loop {
+        let now = kernel::page_tables_kb()?;
+        if now <= before.0 + 6 * 4 + 64 {
+            return Ok(());
+        }
         ensure!(
             Instant::now() < end,
-            "PageTables: {} kB, before {} kB",
-            tables(),
+            "PageTables: {now} kB, before {} kB",
             before.0
         );
         std::thread::sleep(Duration::from_millis(50));
     }
-    Ok(())
 }
 
 fn fork_fails_for_pages(ctx: &Ctx) -> Res {
