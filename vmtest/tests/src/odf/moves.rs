@@ -28,21 +28,26 @@ const MOVE_ALL: u64 = 4;
 /// move_pages of all pages of a process: how many are on the node afterwards, and how many were refused
 /// because others use them.
 fn move_to(k: &Kin, node: i32, flags: u64) -> Res<(u64, u64)> {
-    let n = k.model.pages.len() as u64;
-    let addrs: Vec<u64> = (0..n).map(|p| k.at(p)).collect();
-    let nodes = vec![node; addrs.len()];
+    let pages = 0..k.model.pages.len() as u64;
+    let status = move_pages(k, pages.map(|p| (k.at(p), node)), flags)?;
+    let count = |what: i32| status.iter().filter(|s| **s == what).count() as u64;
+    Ok((count(node), count(-libc::EACCES)))
+}
+
+/// move_pages of single pages: addresses and nodes. Returns where each is, or why it is not there.
+fn move_pages(k: &Kin, pages: impl Iterator<Item = (u64, i32)>, flags: u64) -> Res<Vec<i32>> {
+    let (addrs, nodes): (Vec<u64>, Vec<i32>) = pages.unzip();
     let mut status = vec![0i32; addrs.len()];
     let a = [
         k.peer.pid as u64,
-        n,
+        addrs.len() as u64,
         addrs.as_ptr() as u64,
         nodes.as_ptr() as u64,
         status.as_mut_ptr() as u64,
         flags,
     ];
     sys::syscall(libc::SYS_move_pages, &a)?;
-    let count = |what: i32| status.iter().filter(|s| **s == what).count() as u64;
-    Ok((count(node), count(-libc::EACCES)))
+    Ok(status)
 }
 
 /// MPOL_MF_MOVE_ALL moves what several use, without a copy of the table; nobody loses anything.
@@ -219,22 +224,15 @@ const CANARY: u64 = 256;
 /// in it has been to the rest, too.
 fn canary(k: &Kin) -> Res<u64> {
     let at = k.peer.mmap(0, CANARY * PAGE, RW, PRIVATE | ANON, -1, 0)??;
-    let addrs: Vec<u64> = (0..CANARY).map(|n| at + n * PAGE).collect();
-    for n in &addrs {
-        ensure_eq!(k.peer.store(*n, 1)?, Ok(()), "a store at {n:x}");
+    let pages = (0..CANARY).map(|n| (at + n * PAGE, (n % 2) as i32));
+    for (n, _) in pages.clone() {
+        ensure_eq!(k.peer.store(n, 1)?, Ok(()), "a store at {n:x}");
     }
-    let nodes: Vec<i32> = (0..CANARY).map(|n| (n % 2) as i32).collect();
-    let mut status = vec![0i32; addrs.len()];
-    let a = [
-        k.peer.pid as u64,
-        CANARY,
-        addrs.as_ptr() as u64,
-        nodes.as_ptr() as u64,
-        status.as_mut_ptr() as u64,
-        MOVE,
-    ];
-    sys::syscall(libc::SYS_move_pages, &a)?;
-    ensure!(status == nodes, "the canary is on {status:?}");
+    let status = move_pages(k, pages.clone(), MOVE)?;
+    ensure!(
+        pages.map(|(_, node)| node).eq(status.iter().copied()),
+        "the canary is on {status:?}"
+    );
     Ok(at)
 }
 
