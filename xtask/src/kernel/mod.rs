@@ -8,7 +8,8 @@
 //!     patched/, patched-debug/, ...  with series and overlay, for `release` and `debug`:
 //!                                    one each, so that a build holds nobody else up;
 //!                                    patched-mutant/ has the mutations as well,
-//!                                    patched-bare/ is built with the series' symbols off
+//!                                    patched-bare/ is built with the series' symbols off,
+//!                                    patched-files/ with those of fork off
 //!     out-FLAVOR/                    make's O= directory, kept for incremental builds
 //!     images/FLAVOR-KEY/             bzImage, config: finished, never changed again
 //!     build-FLAVOR.log               the last build's whole output
@@ -38,6 +39,8 @@ pub enum Flavor {
     Stock,
     /// `release` with the series' symbols turned off, which is to do what `stock` does
     Bare,
+    /// `release` without on-demand fork, for nothing of the rest may need it
+    Files,
     /// `release` in which a boot parameter takes out one handling of a path
     Mutant,
 }
@@ -56,6 +59,7 @@ impl Flavor {
             Flavor::Debug => "debug",
             Flavor::Stock => "stock",
             Flavor::Bare => "bare",
+            Flavor::Files => "files",
             Flavor::Mutant => "mutant",
         }
     }
@@ -71,6 +75,7 @@ impl Flavor {
             Flavor::Release => Some("patched"),
             Flavor::Debug => Some("patched-debug"),
             Flavor::Bare => Some("patched-bare"),
+            Flavor::Files => Some("patched-files"),
             Flavor::Mutant => Some("patched-mutant"),
             Flavor::Stock => None,
         }
@@ -104,6 +109,7 @@ impl Flavor {
             ],
             Flavor::Stock => &["base.config", "stock.config"],
             Flavor::Bare => &["base.config", "bare.config"],
+            Flavor::Files => &["base.config", "files.config"],
             Flavor::Mutant => &[
                 "base.config",
                 "ptshare.config",
@@ -115,7 +121,7 @@ impl Flavor {
 
     /// Whether programs can ask it to share.
     pub fn shares(self) -> bool {
-        self.fragments().contains(&"ptshare.config")
+        !matches!(self, Flavor::Stock | Flavor::Bare)
     }
 }
 

@@ -32,9 +32,9 @@ const STOCK: &str =
 /// `long` all, where every fork is on demand.
 pub fn run(tally: &mut Tally, flavor: Flavor, filter: Option<&str>, long: bool) {
     let least = usize::from(filter.is_none());
-    // What a minute of random operations finds is not to be found where nothing is shared.
+    // What a minute of random operations finds is not to be found where nothing is shared, nor anew where less is.
     let whole = long;
-    let long = long && flavor.shares();
+    let long = long && !matches!(flavor, Flavor::Stock | Flavor::Bare | Flavor::Files);
     let mut pass = |title: &str, append: &str, filter: Option<&str>| match boot(
         flavor, append, filter, long,
     ) {

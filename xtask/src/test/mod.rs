@@ -86,8 +86,9 @@ pub fn run(args: &Args) -> Result<u8> {
         }
         if wants(Part::Guest) {
             tally.add(guests(args, &[Flavor::Release, Flavor::Stock]));
-            if args.long {
-                tally.add(guests(args, &[Flavor::Bare]));
+            let apart = [Flavor::Bare, Flavor::Files];
+            if args.long || args.flavor.is_some_and(|only| apart.contains(&only)) {
+                tally.add(guests(args, &apart));
             }
         }
         // Debug's checkers take several times as long.
