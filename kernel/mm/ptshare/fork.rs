@@ -78,18 +78,14 @@ pub(crate) fn share(upper: &mut Upper<'_>, child: Mm, blank: &mut Blank, start: 
     if parent.odf_flag(bindings::MMF_HAS_PINNED) {
         return 0;
     }
-    let mut shared = 0;
-    while shared < blank.len() {
-        let Some(mut entry) = upper.granule(start, shared) else {
-            break;
-        };
+    let shared = upper.each_with(start, blank, |entry, blank| {
         let Slot::Table(table) = entry.slot() else {
-            break;
+            return false;
         };
         table.fork(parent);
-        blank.pair(shared, &mut entry);
-        shared += 1;
-    }
+        blank.pair(entry);
+        true
+    });
     if shared != 0 {
         parent.shared_with(child, shared);
     }

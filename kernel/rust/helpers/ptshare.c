@@ -108,7 +108,8 @@ struct ptdesc *rust_helper_ptshare_pmd_table(pmd_t *pmd)
 {
 	pmd_t pmdval = pmdp_get_lockless(pmd);
 
-	if (!pmd_present(pmdval) || pmd_leaf(pmdval) || pmd_bad(pmdval))
+	/* On x86 what is absent or a leaf is bad, too. */
+	if (pmd_bad(pmdval))
 		return NULL;
 	return page_ptdesc(pmd_page(pmdval));
 }

@@ -43,6 +43,9 @@ pub enum Leave {
 }
 
 /// Adds a sharer to a table that was found. False if the table is no longer shared.
+// Out of line, for a fork of tables of the parent's own, which does not come here, has too few
+// registers otherwise.
+#[inline(never)]
 pub fn link<C: Counter>(count: &C) -> bool {
     let mut seen = count.load();
     while seen > 0 {

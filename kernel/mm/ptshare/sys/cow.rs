@@ -6,6 +6,7 @@ use super::entry::Entry;
 use super::table::{next_field, owner_field, Link, Locked, Table};
 use super::vma::{Mm, Vma};
 use crate::core_logic::count;
+use core::marker::PhantomData;
 use core::mem::{ManuallyDrop, MaybeUninit};
 use core::ptr::{self, NonNull};
 use kernel::bindings;
@@ -248,13 +249,33 @@ impl Blank {
         self.count
     }
 
-    /// Points entry `index` at the table that `entry` points at, with a unit of its share count
-    /// that [`Table::fork`] has made for it.
-    pub(crate) fn pair(&mut self, index: usize, entry: &mut Entry<'_, '_>) {
-        if index < self.count {
-            // SAFETY: in bounds; the child runs nowhere, by the invariant.
-            unsafe { entry.pair(self.first.add(index)) };
-        }
+    /// One of them.
+    ///
+    /// # Safety
+    ///
+    /// `index` is below [`Blank::len`].
+    pub(crate) unsafe fn at(&mut self, index: usize) -> BlankEntry<'_> {
+        // SAFETY: in bounds, as the caller promises.
+        // INVARIANT: it is one of those of an mm that runs nowhere as long as `self` is there.
+        BlankEntry(unsafe { self.first.add(index) }, PhantomData)
+    }
+}
+
+/// One of them.
+///
+/// # Invariants
+///
+/// It is alive during `'b`, in a table of an mm that runs nowhere yet.
+pub(crate) struct BlankEntry<'b>(NonNull<bindings::pmd_t>, PhantomData<&'b mut Blank>);
+
+impl BlankEntry<'_> {
+    /// Points it at the table that the parent's entry points at, and write-protects both. What CPUs
+    /// have cached of the parent's is the caller's to flush. The unit of the share count that
+    /// [`Table::fork`] has made for the child is the entry's from now on.
+    pub(crate) fn pair(self, parent: &mut Entry<'_, '_>) {
+        // SAFETY: the parent's entry is alive and locked; the child's is alive, and nobody else uses
+        // it, by the invariant.
+        unsafe { bindings::cow_pte_pair(self.0.as_ptr(), parent.as_ptr()) };
     }
 }
 

@@ -3,9 +3,11 @@
 //! PMD entries, under the lock of the table that they are in.
 
 #[cfg(CONFIG_COW_PTE)]
-use super::cow::Private;
+use super::cow::{Blank, BlankEntry, Private};
 use super::table::{Link, Locked, Table};
 use super::vma::Mm;
+#[cfg(CONFIG_COW_PTE)]
+use crate::core_logic::granule::next_neighbourhood;
 use crate::core_logic::granule::{down, GRANULE, GRANULE_SHIFT, NEIGHBOURHOOD};
 use core::marker::PhantomData;
 use core::ptr::NonNull;
@@ -78,9 +80,34 @@ impl<'a> Upper<'a> {
 
 #[cfg(CONFIG_COW_PTE)]
 impl<'a> Upper<'a> {
-    /// The entry `index` granules after the one at `start`. `None` if it is in another table.
-    pub(crate) fn granule(&mut self, start: u64, index: usize) -> Option<Entry<'_, 'a>> {
-        self.entry(start + index as u64 * GRANULE)
+    /// Calls `visit` with the entries from `start` on, and with those of a child that go with them,
+    /// until it answers `false` or either table ends. Returns to how many it answered `true`.
+    pub(crate) fn each_with(
+        &mut self,
+        start: u64,
+        blank: &mut Blank,
+        mut visit: impl FnMut(&mut Entry<'_, 'a>, BlankEntry<'_>) -> bool,
+    ) -> usize {
+        let start = down(start);
+        let Some(first) = self.entry(start).map(|entry| entry.pmd) else {
+            return 0;
+        };
+        let rest = (next_neighbourhood(start) - start) >> GRANULE_SHIFT;
+        let count = blank.len().min(rest as usize);
+        for index in 0..count {
+            let mut entry = Entry {
+                // SAFETY: as many entries follow `first` in its table, as was just computed.
+                pmd: unsafe { first.add(index) },
+                start: start + index as u64 * GRANULE,
+                upper: self,
+            };
+            // SAFETY: `count` is not above how many there are.
+            let blank = unsafe { blank.at(index) };
+            if !visit(&mut entry, blank) {
+                return index;
+            }
+        }
+        count
     }
 }
 
@@ -148,16 +175,8 @@ impl<'u> Entry<'u, '_> {
         }
     }
 
-    /// Points the entry `child`, which is empty, at the table that this one points at, and
-    /// write-protects both. What CPUs have cached of this one is the caller's to flush.
-    ///
-    /// # Safety
-    ///
-    /// `child` is an entry of an mm that runs nowhere yet. A unit of the table's share count, for
-    /// that entry, is given up by the caller.
-    pub(crate) unsafe fn pair(&mut self, child: NonNull<bindings::pmd_t>) {
-        // SAFETY: this entry is alive and locked; the other is as the caller promises.
-        unsafe { bindings::cow_pte_pair(child.as_ptr(), self.pmd.as_ptr()) };
+    pub(super) fn as_ptr(&mut self) -> *mut bindings::pmd_t {
+        self.pmd.as_ptr()
     }
 
     /// Where its granule starts.
