@@ -6,12 +6,14 @@ use crate::harness::{Ctx, Res};
 use crate::leave::{Uffd, MODE_MISSING, UFFDIO_REGISTER, UFFDIO_UNREGISTER};
 use crate::machine::Ext4;
 use crate::oracle::{page_bytes, pages, Model};
+use crate::peer::Remote;
 use crate::probe::{self, Probe};
 use crate::sys::{self, FIXED, GRANULE, GRANULE_PAGES, PAGE, PRIVATE, RW};
 use crate::{ensure_eq, group};
 use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::Ordering::SeqCst;
+use std::time::{Duration, Instant};
 
 group!("odf";
     private_file_memfd,
@@ -22,6 +24,7 @@ group!("odf";
     private_file_punched,
     punched_pages_leave_the_tlb,
     truncated_zero_page_leaves_the_tlb,
+    forks_during_truncation(120),
     punched_pages_count_in_the_owner,
     punched_poison_stays,
     private_file_written_back,
@@ -291,6 +294,120 @@ fn punched_pages_leave_the_tlb(ctx: &Ctx) -> Res {
         stop(b, &[&one.peer])?;
         // Whoever reads fills the hole for itself.
         child.borrows(ctx, if by_child { 1 } else { 2 })?;
+    }
+    Ok(())
+}
+
+/// The page that they write to in each granule.
+const WRITTEN: u64 = 7;
+
+/// In a peer: has all pages of a private mapping, some of them its own, and forks until the file was truncated
+/// and has its size again. It, and every other child, meanwhile writes to one page in each granule, for which it
+/// copies the table. Then it, and each child, looks at all other pages. Arguments: board, address, pages, what
+/// pages hold. Answers how many children it had, or less than 0 for anything wrong.
+const FORK_UNTIL_TRUNCATED: Remote = |a, _| {
+    let (b, addr) = (crate::tlb::board_at(a[0]), a[1]);
+    let count = |right: Result<u64, sys::Fault>| {
+        let others = (0..a[2]).filter(|p| p % GRANULE_PAGES != WRITTEN);
+        others
+            .filter(|p| sys::load64(addr + p * PAGE) != right)
+            .count()
+    };
+    // May be beyond the end of the file.
+    let write = || {
+        for at in (addr..addr + a[2] * PAGE).step_by(GRANULE as usize) {
+            sys::store64(at + WRITTEN * PAGE, 1).ok();
+        }
+    };
+    // No longer than that, should the test itself fail.
+    let wait = || {
+        let started = Instant::now();
+        while b.published.load(SeqCst) != a[3] && started.elapsed() < Duration::from_secs(60) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    sys::pin_to_cpu(1);
+    let before = count(Ok(a[3]));
+    if before != 0 {
+        return (-1, format!("{before} pages are wrong before").into_bytes());
+    }
+    for page in (0..a[2]).filter(|p| own(*p)) {
+        if let Err(f) = sys::store64(addr + page * PAGE, a[3]) {
+            return (-2, format!("page {page}: {f:?}").into_bytes());
+        }
+    }
+    let mut children = vec![];
+    while b.published.load(SeqCst) != a[3] && children.len() < 30 {
+        match sys::fork() {
+            Ok(0) => {
+                if children.len() % 2 == 0 {
+                    write();
+                }
+                wait();
+                sys::exit_now(i32::from(count(Ok(0)) != 0))
+            }
+            Ok(pid) => children.push(pid),
+            Err(e) => return (-3, e.to_string().into_bytes()),
+        }
+        b.done.fetch_add(1, SeqCst);
+        write();
+    }
+    wait();
+    let left = count(Ok(0));
+    for (n, pid) in children.iter().enumerate() {
+        match sys::wait(*pid) {
+            Ok(0) => {}
+            Ok(256) => return (-4, format!("child {n} sees old pages").into_bytes()),
+            other => return (-5, format!("child {n}: {other:?}").into_bytes()),
+        }
+    }
+    match left {
+        0 => (children.len() as i64, vec![]),
+        _ => (-6, format!("the parent sees {left} old pages").into_bytes()),
+    }
+};
+
+/// A file loses all its pages while a process that maps it privately forks: neither it nor any child, from before
+/// or from meanwhile, sees one of them afterwards.
+fn forks_during_truncation(ctx: &Ctx) -> Res {
+    const GRANULES: u64 = 4;
+    sys::pin_to_cpu(0);
+    let b = crate::tlb::board()?;
+    let fd = sys::memfd(pages(GRANULES) * PAGE)?;
+    let k = Kin::bare(ctx, GRANULES)?;
+    let (len, flags) = (pages(GRANULES) * PAGE, PRIVATE | sys::NOREPLACE);
+    ensure_eq!(
+        k.peer.mmap(k.base, len, RW, flags, fd.as_raw_fd(), 0)?,
+        Ok(k.base),
+        "mmap"
+    );
+    let before = Events::now();
+    let mut forks = 0;
+    for round in 1..=if ctx.long { 300 } else { 20u64 } {
+        for page in 0..pages(GRANULES) {
+            sys::pwrite(&fd, &round.to_ne_bytes(), page * PAGE)?;
+        }
+        let a = [crate::tlb::address(b), k.base, pages(GRANULES), round];
+        let done = b.done.load(SeqCst);
+        k.peer.start(FORK_UNTIL_TRUNCATED, &a, &[])?;
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while b.done.load(SeqCst) < done + 1 + round % 4 {
+            crate::ensure!(Instant::now() < deadline, "round {round}: no forks");
+            std::hint::spin_loop();
+        }
+        // From the end to the begin, as long as some forks take.
+        for granule in (0..GRANULES).rev() {
+            sys::ftruncate(&fd, granule * GRANULE)?;
+        }
+        sys::ftruncate(&fd, len)?;
+        b.published.store(round, SeqCst);
+        let (r, why) = k.peer.finish()?;
+        crate::ensure!(r > 0, "round {round}: {}", String::from_utf8_lossy(&why));
+        forks += r as u64;
+    }
+    if ctx.sharing {
+        let shared = Events::now().since(&before).shared;
+        crate::ensure!(shared >= forks, "{forks} forks shared {shared} tables");
     }
     Ok(())
 }
