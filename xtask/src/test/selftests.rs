@@ -17,7 +17,7 @@ use crate::paths;
 use crate::vm::{Outcome, Vm};
 use anyhow::{bail, ensure, Context, Result};
 use build::Programs;
-use cases::{Case, Test};
+use cases::{Case, Test, EXIT};
 use list::{Entry, List};
 use sha2::{Digest, Sha256};
 use std::fs;
@@ -224,8 +224,13 @@ fn judge(entry: &Entry, way: &Way, stock: Option<&Test>, ours: Option<&Test>) ->
         });
     let worse: Vec<String> = worse.collect();
     if !worse.is_empty() {
+        // Where it ends early on stock, too, this says why it has ended before that.
+        let end = match ours.cases.get(EXIT) {
+            Some(Case::Fail(why)) if !required.contains(&EXIT) => format!("\n  {EXIT}: {why}"),
+            _ => String::new(),
+        };
         bail!(
-            "{} of {} cases that pass on stock do not pass{}",
+            "{} of {} cases that pass on stock do not pass{}{end}",
             worse.len(),
             required.len(),
             some(&worse)
@@ -304,6 +309,15 @@ mod tests {
         }
         assert!(!good(None));
         assert!(!passes(LINE, &Way::ALL[0], None, Some(&stock)));
+    }
+
+    #[test]
+    fn an_early_end_says_why() {
+        let stock = test(&[("a", Case::Pass), (EXIT, fail())]);
+        let ours = test(&[(EXIT, Case::Fail("1 after: b".into()))]);
+        let entry = &List::parse(LINE).unwrap().tests[0];
+        let why = judge(entry, &Way::ALL[0], Some(&stock), Some(&ours)).unwrap_err();
+        assert!(why.to_string().ends_with("exit status: 1 after: b"));
     }
 
     #[test]

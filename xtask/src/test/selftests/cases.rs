@@ -13,7 +13,7 @@ const KSFT_SKIP: i32 = 4;
 /// Exit statuses of timeout(1).
 const TIMED_OUT: [i32; 2] = [124, 137];
 /// The case that every test has.
-const EXIT: &str = "exit status";
+pub const EXIT: &str = "exit status";
 
 /// How a case ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
