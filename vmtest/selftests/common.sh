@@ -57,7 +57,8 @@ tries() {
     return $status
 }
 
-# fixed COMMAND...: without random addresses. The tests of userfaultfd insist on
-# 1 GiB, where now and then the heap is: they are no position independent
-# programs, and the heap begins somewhere in the first GiB behind them.
+# fixed COMMAND...: without random addresses. The tests of userfaultfd and those
+# of huge pages want to map something at 1 GiB, where now and then the heap is:
+# they are no position independent programs, and the heap begins somewhere in
+# the first GiB behind them.
 fixed() { setarch -R "$@"; }

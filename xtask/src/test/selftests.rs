@@ -140,15 +140,24 @@ fn stock(tally: &mut Tally, programs: &Programs, plan: &[Entry], long: bool) -> 
         eprintln!("x: selftests: stock as in {}", kept.display());
         return Ok(cases::tests(&text));
     }
-    let outcome = boot(Flavor::Stock, None, programs, plan, long)?;
-    let text = outcome.stdout_text();
-    let tests = cases::tests(&text);
-    machine(tally, "stock selftests VM", &outcome, plan, &tests);
-    let as_expected = |e: &Entry| find(&tests, e).is_some_and(|t| t.passed().count() >= e.cases);
-    if outcome.status() == 0 && plan.iter().all(as_expected) {
-        fs::write(&kept, text).with_context(|| format!("writing {}", kept.display()))?;
+    let mut again = false;
+    loop {
+        let outcome = boot(Flavor::Stock, None, programs, plan, long)?;
+        let text = outcome.stdout_text();
+        let tests = cases::tests(&text);
+        let less = |e: &&Entry| find(&tests, e).is_none_or(|t| t.passed().count() < e.cases);
+        let less = plan.iter().find(less);
+        if outcome.status() == 0 && less.is_none() {
+            fs::write(&kept, &text).with_context(|| format!("writing {}", kept.display()))?;
+        } else if let (false, Some(entry)) = (again, less) {
+            // It is not stock that is tested: a case that is skipped or fails there by chance has a second one.
+            eprintln!("x: selftests: stock again, because of {}", entry.name);
+            again = true;
+            continue;
+        }
+        machine(tally, "stock selftests VM", &outcome, plan, &tests);
+        return Ok(tests);
     }
-    Ok(tests)
 }
 
 fn boot(

@@ -22,9 +22,15 @@ const LIBRARIES: [&str; 4] = ["libc6-dev", "libcap-dev", "libnuma-dev", "liburin
 /// khugepaged.c of some 6.12.y uses this without including its definition;
 /// a second, equal definition is none.
 const CFLAGS: &str = "EXTRA_CFLAGS=-DKSFT_SKIP=4";
-/// uffd-unit-tests has no option for its size. Each page is a wakeup from one
-/// CPU to another, the dearest thing under emulation; 8 MiB are four granules.
-const UFFD_SIZE: (&str, &str) = ("(32UL << 20)", "(8UL << 20)");
+/// What is another in our copies: file, what is there, what is put there.
+const CHANGES: [[&str; 3]; 2] = [
+    // No option for its size. Each page is a wakeup from one CPU to another, the
+    // dearest thing under emulation; 8 MiB are four granules.
+    ["uffd-unit-tests.c", "(32UL << 20)", "(8UL << 20)"],
+    // Three seconds for khugepaged to come, which is at the end of the line when
+    // the machine is busy.
+    ["khugepaged.c", "int timeout = 6;", "int timeout = 60;"],
+];
 
 /// The built programs.
 pub struct Programs {
@@ -96,14 +102,13 @@ fn build(tree: &Path, scratch: &Path, log: &Path) -> Result<()> {
     for name in ["mm", "x86", "lib.mk", "kselftest.h", "kselftest_harness.h"] {
         copy(&tree.join("tools/testing/selftests").join(name), &selftests)?;
     }
-    let uffd = selftests.join("mm/uffd-unit-tests.c");
-    let text = fs::read_to_string(&uffd).context("reading uffd-unit-tests.c")?;
-    let places = text.matches(UFFD_SIZE.0).count();
-    ensure!(
-        places == 1,
-        "uffd-unit-tests.c has its size in {places} places"
-    );
-    fs::write(&uffd, text.replace(UFFD_SIZE.0, UFFD_SIZE.1))?;
+    for [name, old, new] in CHANGES {
+        let file = selftests.join("mm").join(name);
+        let text = fs::read_to_string(&file).with_context(|| format!("reading {name}"))?;
+        let places = text.matches(old).count();
+        ensure!(places == 1, "{name} has {old:?} in {places} places");
+        fs::write(&file, text.replace(old, new))?;
+    }
     copy(&tree.join("mm/gup_test.h"), &scratch.join("tree/mm"))?;
     let log_file = File::create(log)?;
     let assign = |name: &str, value: &Path| format!("{name}={}", value.display());

@@ -94,8 +94,9 @@ fn count(word: &str) -> Option<(String, u64)> {
 static COLOUR: LazyLock<Regex> = LazyLock::new(|| pattern(r"\x1b\[[0-9;]*m"));
 static TAP: LazyLock<Regex> =
     LazyLock::new(|| pattern(r"^(not )?ok \d+ ?(.*?) ?(?:# ?(SKIP|XFAIL|XPASS)\b ?(.*))?$"));
-/// A count of pagemap_ioctl's that is another one each time.
-static COUNTS: LazyLock<Regex> = LazyLock::new(|| pattern(r"(Extra pages) .*"));
+/// What is another one each time: a count of pagemap_ioctl's, and the size at which mrelease_test came in time.
+static COUNTS: LazyLock<Regex> =
+    LazyLock::new(|| pattern(r"(Extra pages|Success reaping a child with) .*"));
 static HEADING: LazyLock<Regex> = LazyLock::new(|| pattern(r"^# \[RUN\] (.*)$"));
 static KHUGEPAGED: LazyLock<Regex> = LazyLock::new(|| pattern(r"^Run test: (.*)$"));
 static STEP: LazyLock<Regex> = LazyLock::new(|| pattern(r"^(.*?)\.*\s+(OK|Fail|Skip)$"));
