@@ -182,9 +182,8 @@ fn debug_clean() -> Result<()> {
 
 /// Brings about a failure inside the kernel.
 fn provoke(crash: &str, class: &str) -> Result<()> {
-    let lockup = class == "soft-lockup" || class == "hung-task";
     let mut vm = vm(Flavor::Debug).append("hung_task_panic=1 softlockup_panic=1");
-    if lockup {
+    if class == "soft-lockup" {
         vm = vm.append("watchdog_thresh=3");
     }
     let script = format!(
