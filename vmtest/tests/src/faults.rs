@@ -1,6 +1,7 @@
 //! Link-around: attaching to a populated range costs few faults.
 
 use crate::harness::{Ctx, Res};
+use crate::machine::Setting;
 use crate::oracle::pages;
 use crate::peer::{access, unpack, Peer, Remote};
 use crate::sys::{self, GRANULE, PAGE, RO, RW, SHARED};
@@ -17,10 +18,19 @@ group!("faults";
     populate_flag,
 );
 
-/// A file of `granules` granules of which each page holds its number, and the process that has it
-/// all mapped and written.
-fn populated(ctx: &Ctx, granules: u64, prot: u64) -> Res<(OwnedFd, Peer)> {
+/// A file of which each page holds its number.
+struct Populated {
+    fd: OwnedFd,
+    /// The process that has it all mapped and written
+    first: Peer,
+    /// That no faults come of looking where memory is used
+    _quiet: Option<Setting>,
+}
+
+/// One of `granules` granules.
+fn populated(ctx: &Ctx, granules: u64, prot: u64) -> Res<Populated> {
     ctx.opt_in()?;
+    let quiet = Setting::set("/proc/sys/kernel/numa_balancing", "0").ok();
     let fd = sys::memfd(granules * GRANULE)?;
     let first = Peer::spawn()?;
     let w = first.map(&fd, 0, granules * GRANULE, RW)?;
@@ -33,7 +43,11 @@ fn populated(ctx: &Ctx, granules: u64, prot: u64) -> Res<(OwnedFd, Peer)> {
         let a = first.map(&fd, 0, granules * GRANULE, prot)?;
         first.touch(a, pages(granules))?;
     }
-    Ok((fd, first))
+    Ok(Populated {
+        fd,
+        first,
+        _quiet: quiet,
+    })
 }
 
 /// Loads the number in each page, and compares it.
@@ -56,9 +70,9 @@ const READ_NUMBERS: Remote = |a, _| {
 };
 
 fn attach(ctx: &Ctx, granules: u64, prot: u64, order: u64, limit: u64) -> Res {
-    let (fd, _first) = populated(ctx, granules, prot)?;
+    let file = populated(ctx, granules, prot)?;
     let p = Peer::spawn()?;
-    let a = p.map(&fd, 0, granules * GRANULE, prot)?;
+    let a = p.map(&file.fd, 0, granules * GRANULE, prot)?;
     // Once over everything the measuring itself needs.
     p.faults()?;
     let before = p.faults()?.0;
@@ -104,9 +118,9 @@ fn reader_of_a_populated_range_read_only(ctx: &Ctx) -> Res {
 /// And for a process that only writes: what the first has written needs no further fault.
 fn writer_to_a_populated_range(ctx: &Ctx) -> Res {
     let (granules, limit) = size(ctx);
-    let (fd, _first) = populated(ctx, granules, RW)?;
+    let file = populated(ctx, granules, RW)?;
     let p = Peer::spawn()?;
-    let a = p.map(&fd, 0, granules * GRANULE, RW)?;
+    let a = p.map(&file.fd, 0, granules * GRANULE, RW)?;
     p.faults()?;
     let before = p.faults()?.0;
     let write: Remote = |a, _| {
@@ -121,7 +135,7 @@ fn writer_to_a_populated_range(ctx: &Ctx) -> Res {
     );
     let mut word = [0; 8];
     for page in [0, 1, pages(granules) - 1] {
-        sys::pread(&fd, &mut word, page * PAGE + 8)?;
+        sys::pread(&file.fd, &mut word, page * PAGE + 8)?;
         ensure_eq!(
             u64::from_ne_bytes(word),
             page,
@@ -139,11 +153,11 @@ fn backwards_and_at_random(ctx: &Ctx) -> Res {
 
 /// Linking neighbours stops at the mapping's ends, its unaligned parts and its holes.
 fn attach_does_not_reach_beyond_the_mapping(ctx: &Ctx) -> Res {
-    let (fd, _first) = populated(ctx, 16, RW)?;
+    let file = populated(ctx, 16, RW)?;
     let p = Peer::spawn()?;
     // Granules 4..12 with ragged ends, and granule 8 taken out.
     let (lo, hi) = (4 * 512 - 3, 12 * 512 + 3);
-    let a = p.map(&fd, lo * PAGE, (hi - lo) * PAGE, RW)?;
+    let a = p.map(&file.fd, lo * PAGE, (hi - lo) * PAGE, RW)?;
     let at = |page: u64| a + (page - lo) * PAGE;
     p.munmap(at(8 * 512), GRANULE)?;
     p.touch(at(4 * 512), 1)?;
@@ -167,18 +181,18 @@ fn attach_does_not_reach_beyond_the_mapping(ctx: &Ctx) -> Res {
 
 /// MAP_POPULATE of a populated range links it.
 fn populate_flag(ctx: &Ctx) -> Res {
-    let (fd, first) = populated(ctx, 8, RW)?;
+    let file = populated(ctx, 8, RW)?;
     let p = Peer::spawn()?;
     let a = p.mmap(
         0,
         8 * GRANULE,
         RW,
         SHARED | libc::MAP_POPULATE as u64,
-        fd.as_raw_fd(),
+        file.fd.as_raw_fd(),
         0,
     )??;
     expect_tables(ctx, &p, 8)?;
-    expect_tables(ctx, &first, 8)?;
+    expect_tables(ctx, &file.first, 8)?;
     p.faults()?;
     let before = p.faults()?.0;
     let (r, d) = p.call(READ_NUMBERS, &[a, pages(8), 0], &[])?;

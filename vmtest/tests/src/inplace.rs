@@ -375,21 +375,31 @@ fn present_in(t: &Team, i: usize) -> Res<usize> {
 /// Reclaims the team's pages; at least a quarter must go, from everybody's view.
 pub fn swap_out(t: &Team, group: &Cgroup, swap: &Swap) -> Res {
     let all = pages(t.granules);
+    let most = (all - all / 8) as usize;
+    let too_many = || -> Res<Option<(usize, usize)>> {
+        for i in 0..t.members.len() {
+            let present = present_in(t, i)?;
+            if present > most {
+                return Ok(Some((i, present)));
+            }
+        }
+        Ok(None)
+    };
     let deadline = Instant::now() + Duration::from_secs(60);
-    // Pages that were just used take a second round or a third.
-    while swap.used_pages() < all / 4 && Instant::now() < deadline {
+    // Pages that were just used take a second round or a third. What is used has to be looked at as well as
+    // what is mapped: slots that CPUs have in stock count as used, too.
+    loop {
+        let (out, left) = (swap.used_pages(), too_many()?);
+        if out >= all / 4 && left.is_none() {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            ensure!(out >= all / 4, "of {all} pages only {out} were swapped out");
+            let (i, present) = left.unwrap_or_default();
+            crate::fail!("member {i} still maps {present} of {all} pages after {out} went out");
+        }
         group.reclaim(all * PAGE);
     }
-    let out = swap.used_pages();
-    ensure!(out >= all / 4, "of {all} pages only {out} were swapped out");
-    for i in 0..t.members.len() {
-        let present = present_in(t, i)?;
-        ensure!(
-            present as u64 <= all - all / 8,
-            "member {i} still maps {present} of {all} pages after {out} went out"
-        );
-    }
-    Ok(())
 }
 
 /// Reclaim to zram and back: nobody keeps a stale page, nobody loses content.
@@ -584,7 +594,7 @@ fn idle_pages_are_tracked(ctx: &Ctx) -> Res {
         // Marking does not flush, so that a touch through an old translation is not seen. Of a
         // process that goes to the other CPU nothing old is left.
         let toucher = tracked % 3;
-        let deadline = Instant::now() + Duration::from_secs(5);
+        let deadline = Instant::now() + Duration::from_secs(30);
         for cpu in 0.. {
             let pin: Remote = |a, _| {
                 sys::pin_to_cpu(a[0] as usize);
@@ -595,8 +605,9 @@ fn idle_pages_are_tracked(ctx: &Ctx) -> Res {
             if !idle(frame)? {
                 break;
             }
+            // The first turn may have been on the CPU where it was before.
             ensure!(
-                Instant::now() < deadline,
+                cpu < 2 || Instant::now() < deadline,
                 "page {page} is still idle after member {toucher} touched it"
             );
         }
@@ -738,7 +749,9 @@ fn move_pages_between_nodes(ctx: &Ctx) -> Res {
     two_nodes()?;
     let mut t = Team::new(ctx, 3, 2)?;
     const MOVE_ALL: u64 = 4;
-    for node in [1, 0, 1] {
+    let first = nodes_of(&t)?[0];
+    ensure!([0, 1].contains(&first), "the first page is on node {first}");
+    for node in [1 - first, first, 1 - first] {
         let before = migrated();
         let addrs: Vec<u64> = (0..pages(2)).map(|p| t.at(0, p)).collect();
         let nodes = vec![node; addrs.len()];
@@ -757,10 +770,7 @@ fn move_pages_between_nodes(ctx: &Ctx) -> Res {
             there as u64 > pages(2) / 2,
             "{there} pages are on node {node} after move_pages"
         );
-        ensure!(
-            node == 0 || migrated() > before,
-            "move_pages migrated nothing"
-        );
+        ensure!(migrated() > before, "move_pages migrated nothing");
         t.verify_all()?;
         t.coherent()?;
     }

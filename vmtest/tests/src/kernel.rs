@@ -2,6 +2,7 @@
 
 use crate::harness::{Res, Stop};
 use std::fs;
+use std::time::{Duration, Instant};
 
 const SYSCTL: &str = "/proc/sys/vm/ptshare";
 
@@ -66,6 +67,19 @@ pub fn page_tables_kb() -> Res<u64> {
         Some(kb) => Ok(kb),
         None => Err(Stop::Fail("/proc/meminfo has no PageTables".into())),
     }
+}
+
+/// The same when it no longer changes: tables that others have just given up are freed a grace period later.
+pub fn settled_page_tables_kb() -> Res<u64> {
+    let end = Instant::now() + Duration::from_secs(10);
+    let (mut last, mut same) = (page_tables_kb()?, 0);
+    while same < 4 && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(50));
+        let now = page_tables_kb()?;
+        same = if now == last { same + 1 } else { 0 };
+        last = now;
+    }
+    Ok(last)
 }
 
 /// `PtShared` of a process in tables.

@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 /// A function to run in a peer: numbers and bytes in, a number and bytes out.
 pub type Remote = fn(&[u64], &[u8]) -> (i64, Vec<u8>);
@@ -24,17 +25,12 @@ pub struct Peer {
 
 impl Drop for Peer {
     fn drop(&mut self) {
+        let process = sys::pidfd(self.pid);
         sys::kill(self.pid, libc::SIGKILL).ok();
-        // Fails at once for the child of another peer, which the test process does not own (yet). Such a
-        // one closes its end when its memory is gone; unless a child of its own, that is no peer, has it too.
-        if sys::wait(self.pid).is_err() {
-            let mut end = libc::pollfd {
-                fd: self.pipe.as_raw_fd(),
-                events: 0,
-                revents: 0,
-            };
-            // SAFETY: one valid pollfd.
-            unsafe { libc::poll(&mut end, 1, 1000) };
+        // Fails at once for the child of another peer, which the test process does not own (yet).
+        if let (Err(_), Ok(process)) = (sys::wait(self.pid), process) {
+            // Readable when its memory is gone.
+            crate::harness::wait_readable(&process, Duration::from_secs(20));
         }
     }
 }

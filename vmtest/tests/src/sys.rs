@@ -233,16 +233,21 @@ pub fn describe_status(status: i32) -> String {
     }
 }
 
+/// A descriptor of a process, which can be read when the process has ended.
+pub fn pidfd(pid: i32) -> Sys<OwnedFd> {
+    let fd = syscall(libc::SYS_pidfd_open, &[pid as u64, 0])? as RawFd;
+    // SAFETY: the kernel just returned this descriptor to us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// A duplicate of descriptor `fd` of process `pid`.
 pub fn steal_fd(pid: i32, fd: RawFd) -> Sys<OwnedFd> {
-    let pidfd = syscall(libc::SYS_pidfd_open, &[pid as u64, 0])? as RawFd;
-    // SAFETY: the kernel just returned this descriptor to us.
-    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+    let pidfd = pidfd(pid)?;
     let got = syscall(
         libc::SYS_pidfd_getfd,
         &[pidfd.as_raw_fd() as u64, fd as u64, 0],
     )? as RawFd;
-    // SAFETY: as above.
+    // SAFETY: the kernel just returned this descriptor to us.
     Ok(unsafe { OwnedFd::from_raw_fd(got) })
 }
 

@@ -205,7 +205,7 @@ fn different_lengths(ctx: &Ctx) -> Res {
 }
 
 fn wait_gauges(before: Option<kernel::Gauges>) -> Res {
-    for _ in 0..100 {
+    for _ in 0..600 {
         if kernel::gauges() == before {
             return Ok(());
         }

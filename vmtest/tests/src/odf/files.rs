@@ -682,10 +682,11 @@ fn private_file_collapsed(ctx: &Ctx) -> Res {
         let one = if by_child { &child } else { &p.k };
         for granule in 0..3 {
             let at = one.at(pages(granule));
-            for _ in 0..40 {
+            let end = Instant::now() + Duration::from_secs(20);
+            loop {
                 match one.peer.madvise(at, GRANULE, MADV_COLLAPSE)? {
-                    Err(sys::Errno(libc::EAGAIN | libc::EBUSY)) => {
-                        std::thread::sleep(std::time::Duration::from_millis(20));
+                    Err(sys::Errno(libc::EAGAIN | libc::EBUSY)) if Instant::now() < end => {
+                        std::thread::sleep(Duration::from_millis(20));
                     }
                     // Where it has pages of its own there is nothing to be had.
                     r => {

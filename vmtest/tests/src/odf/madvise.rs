@@ -649,6 +649,7 @@ fn khugepaged_passes_by(ctx: &Ctx) -> Res {
     let _e = Setting::set(&format!("{THP}/enabled"), "madvise")?;
     let _p = Setting::set(&format!("{THP}/khugepaged/pages_to_scan"), "65536")?;
     let _m = Setting::set(&format!("{THP}/khugepaged/scan_sleep_millisecs"), "10")?;
+    let _a = Setting::set(&format!("{THP}/khugepaged/alloc_sleep_millisecs"), "10")?;
     let mut k = Kin::new(ctx, 3)?;
     let mut child = k.child(ctx, 3)?;
     let number = |name: &str| -> u64 {
@@ -705,6 +706,8 @@ fn huge_page_is_split_for_one(ctx: &Ctx) -> Res {
     // One page less: small entries for the rest of the huge page.
     k.advise(GRANULE_PAGES + 9..GRANULE_PAGES + 10, libc::MADV_DONTNEED)?;
     k.zero(GRANULE_PAGES + 9..GRANULE_PAGES + 10);
+    // khugepaged would make it one again.
+    k.advise(0..pages(3), libc::MADV_NOHUGEPAGE)?;
     let mut child = k.child(ctx, 3)?;
     verify_all(&[&k, &child])?;
     child.advise(GRANULE_PAGES + 20..GRANULE_PAGES + 30, libc::MADV_DONTNEED)?;

@@ -78,7 +78,8 @@ fn move_pages_for_all(ctx: &Ctx) -> Res {
 fn move_pages_for_one(ctx: &Ctx) -> Res {
     two_nodes()?;
     let mut k = Kin::new(ctx, 2)?;
-    move_to(&k, 0, MOVE)?;
+    let (there, _) = move_to(&k, 0, MOVE)?;
+    ensure_eq!(there, pages(2), "pages moved before");
     let child = k.child(ctx, 2)?;
     let (there, refused) = move_to(&child, 1, MOVE)?;
     ensure_eq!(

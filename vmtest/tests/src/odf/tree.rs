@@ -338,6 +338,7 @@ fn threads_fork_while_others_write(ctx: &Ctx) -> Res {
 /// there, for the reader. Arguments: fd, address, milliseconds; the disk's page n holds n in every word.
 const READ_AND_FORK: Remote = |a, _| {
     static STOP: AtomicBool = AtomicBool::new(false);
+    static READS: AtomicU64 = AtomicU64::new(0);
     let (fd, base) = (a[0], a[1]);
     let reader = std::thread::spawn(move || {
         sys::pin_to_cpu(1);
@@ -357,13 +358,15 @@ const READ_AND_FORK: Remote = |a, _| {
                 }
             }
             reads += 1;
+            READS.store(reads, Ordering::Relaxed);
         }
         (reads as i64, String::new())
     });
+    let enough = |forks: u64| forks >= 5 && READS.load(Ordering::Relaxed) >= 20;
     sys::pin_to_cpu(0);
     let end = Instant::now() + Duration::from_millis(a[2]);
     let mut forks = 0;
-    while !reader.is_finished() && (Instant::now() < end || forks < 5) {
+    while !reader.is_finished() && (Instant::now() < end || !enough(forks)) {
         match sys::fork() {
             Ok(0) => {
                 // Now and then something that has the table copied, in this process or by the parent.
@@ -801,15 +804,30 @@ fn futex_of_threads_after_the_fork(ctx: &Ctx) -> Res {
 }
 
 /// In a peer: a thread that waits on a word until it is not 0; its outcome is left beside the word.
-/// Arguments: address, private.
+/// Arguments: address, private. Answers when it sleeps.
 const WAIT_IN_A_THREAD: Remote = |a, _| {
     let (at, private) = (a[0], a[1]);
+    static TID: AtomicU64 = AtomicU64::new(0);
+    TID.store(0, Ordering::SeqCst);
     std::thread::spawn(move || {
+        TID.store(
+            sys::syscall(libc::SYS_gettid, &[]).unwrap_or(0),
+            Ordering::SeqCst,
+        );
         let r = futex_wait(at, private);
         sys::store64(at + 8, if r.is_ok() { 1 } else { 2 }).ok();
     });
-    std::thread::sleep(Duration::from_millis(60));
-    (0, vec![])
+    let asleep = format!("{} ", libc::SYS_futex);
+    let end = Instant::now() + Duration::from_secs(20);
+    while Instant::now() < end {
+        let tid = TID.load(Ordering::SeqCst);
+        let doing = std::fs::read_to_string(format!("/proc/self/task/{tid}/syscall"));
+        if doing.is_ok_and(|doing| doing.starts_with(&asleep)) {
+            return (0, vec![]);
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    (1, vec![])
 };
 
 /// One waits since before the fork, whose table is then shared: its own process wakes it, the child's
