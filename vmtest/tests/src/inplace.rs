@@ -740,7 +740,8 @@ pub fn two_nodes() -> Res {
     Ok(())
 }
 
-fn migrated() -> u64 {
+/// Pages that the kernel has moved, ever.
+pub fn migrated() -> u64 {
     kernel::vmstat("pgmigrate_success").unwrap_or(0)
 }
 

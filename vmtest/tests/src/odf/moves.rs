@@ -2,7 +2,7 @@
 
 use super::{diverge, verify_all, Events, Kin};
 use crate::harness::{Ctx, Res};
-use crate::inplace::{hinted, numa_hints, two_nodes};
+use crate::inplace::{hinted, migrated, numa_hints, two_nodes};
 use crate::kernel;
 use crate::oracle::pages;
 use crate::peer::Remote;
@@ -20,6 +20,7 @@ group!("odf";
     numa_hints_before_the_fork(120),
     compaction_under_a_family(120),
     moves_while_both_write(180),
+    reads_during_moves(120),
 );
 
 const MOVE: u64 = 2;
@@ -195,6 +196,37 @@ const SPIN: Remote = |a, _| {
     }
     (0, vec![])
 };
+
+/// Parent and child read while their pages move to and fro: they wait for what is on its way, and neither
+/// needs a table of its own for that.
+fn reads_during_moves(ctx: &Ctx) -> Res {
+    two_nodes()?;
+    let k = Kin::new(ctx, 2)?;
+    let child = k.child(ctx, 2)?;
+    let before = (Events::now(), migrated());
+    let time = ctx.duration(2, 20);
+    for (i, one) in [&k, &child].into_iter().enumerate() {
+        let a = [one.base, pages(2), i as u64, time.as_millis() as u64, 0];
+        one.peer.start(SPIN, &a, &[])?;
+    }
+    let end = Instant::now() + time;
+    let mut node = 0;
+    while Instant::now() < end {
+        node = 1 - node;
+        move_to(&k, node, MOVE_ALL)?;
+    }
+    for one in [&k, &child] {
+        let (r, why) = one.peer.finish()?;
+        ensure_eq!(r, 0, "{}", String::from_utf8_lossy(&why));
+    }
+    ensure!(
+        migrated() >= before.1 + pages(2),
+        "pages did not move to and fro"
+    );
+    before.0.expect(ctx, 0, 0)?;
+    child.borrows(ctx, 2)?;
+    verify_all(&[&k, &child])
+}
 
 fn spin(ctx: &Ctx, kin: &[&Kin], write: u64) -> Res {
     let time = ctx.duration(1, 20).as_millis() as u64;
