@@ -27,7 +27,7 @@
 //! before the fork or since: then the mark is cleared. Pins rely on it, so GUP copies before it pins.
 
 use crate::core_logic::count::{self, Leave};
-use crate::sys::cow::{count_event, Blank, Private};
+use crate::sys::cow::{count_event, killed, Blank, Private};
 use crate::sys::entry::{Entry, Slot, Upper};
 use crate::sys::flush;
 use crate::sys::table::Locked;
@@ -145,12 +145,21 @@ pub(crate) fn unshare(vma: Vma<'_>, mm: Mm, start: u64) -> Result {
 
 /// Makes all tables its mm's own that `vma` uses in `from..to`.
 ///
-/// Sleeps. Fails as [`unshare`] does; those before are unshared then.
+/// Sleeps. Fails as [`unshare`] does, and with `EINTR` if there are several and the task is killed
+/// meanwhile; those before are unshared then.
 pub(crate) fn unshare_range(vma: Vma<'_>, from: u64, to: u64) -> Result {
     let facts = vma.facts();
     let mut result = Ok(());
+    let mut first = true;
     vma.each_granule(&facts, from, to, |start| {
-        result = unshare(vma, facts.mm, start);
+        // Who is killed for its memory is to give some back, and not to take a table for each of
+        // many granules first while others wait for the mm's lock.
+        result = if !first && killed() {
+            Err(EINTR)
+        } else {
+            unshare(vma, facts.mm, start)
+        };
+        first = false;
         result.is_ok()
     });
     result

@@ -15,6 +15,7 @@
 #include <linux/ptshare.h>
 #include <linux/sched/coredump.h>
 #include <linux/sched/mm.h>
+#include <linux/sched/signal.h>
 #include <linux/shm.h>
 #include <linux/shmem_fs.h>
 #include <linux/slab.h>
@@ -395,6 +396,11 @@ struct mm_struct *rust_helper_ptshare_next_mm(int *nr)
 }
 
 #ifdef CONFIG_COW_PTE
+bool rust_helper_cow_pte_killed(void)
+{
+	return fatal_signal_pending(current);
+}
+
 bool rust_helper_ptshare_pmd_writes(pmd_t *pmd)
 {
 	return pmd_table_write(pmdp_get_lockless(pmd));

@@ -279,6 +279,12 @@ impl BlankEntry<'_> {
     }
 }
 
+/// Has the running task been killed?
+pub(crate) fn killed() -> bool {
+    // SAFETY: no requirements.
+    unsafe { bindings::cow_pte_killed() }
+}
+
 /// Counts an event.
 pub(crate) fn count_event(event: bindings::vm_event_item) {
     // SAFETY: no requirements.

@@ -23,6 +23,7 @@ group!("odf";
     children_run_programs,
     killed_parent,
     killed_child_in_the_middle_of_writes,
+    killed_parent_in_the_middle_of_mprotect(120),
     oom_kill_of_the_parent(120),
     oom_kill_of_a_child(120),
     core_dump_of_a_borrower(120),
@@ -628,6 +629,38 @@ fn killed_child_in_the_middle_of_writes(ctx: &Ctx) -> Res {
         }
     }
     verify_all(&[&k, &sibling])
+}
+
+/// SIGKILL while it is about to copy very many tables: it ends without copying them all.
+fn killed_parent_in_the_middle_of_mprotect(ctx: &Ctx) -> Res {
+    const GRANULES: u64 = 512;
+    let mprotect: Remote = |a, _| {
+        let r = sys::syscall(libc::SYS_mprotect, &[a[0], a[1], libc::PROT_READ as u64]);
+        (flat(r), vec![])
+    };
+    for _ in 0..50 {
+        let mut k = Kin::untouched(ctx, GRANULES)?;
+        k.fill_every(GRANULE_PAGES, 0..pages(GRANULES))?;
+        let child = k.child(ctx, GRANULES)?;
+        let before = Events::now();
+        k.peer.start(mprotect, &[k.base, GRANULES * GRANULE], &[])?;
+        let end = Instant::now() + Duration::from_secs(20);
+        while ctx.sharing && Events::now().since(&before).copied == 0 && Instant::now() < end {
+            std::hint::spin_loop();
+        }
+        // Kills it, and waits.
+        drop(k);
+        for page in (0..GRANULES).map(pages).step_by(37) {
+            child.sees(page..page + 1)?;
+        }
+        // It may have been over already.
+        let copied = Events::now().since(&before).copied;
+        if copied < GRANULES {
+            ensure!(copied > 0 || !ctx.sharing, "mprotect copied nothing");
+            return Ok(());
+        }
+    }
+    crate::fail!("who is killed copies all tables first")
 }
 
 const HOG: Remote = |_, _| {
