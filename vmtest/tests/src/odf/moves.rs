@@ -82,6 +82,12 @@ fn move_pages_for_one(ctx: &Ctx) -> Res {
     let (there, _) = move_to(&k, 0, MOVE)?;
     ensure_eq!(there, pages(2), "pages moved before");
     let child = k.child(ctx, 2)?;
+    let (there, refused) = move_to(&child, 0, MOVE)?;
+    ensure_eq!(
+        (there, refused),
+        (pages(2), 0),
+        "of the child's, there already and refused"
+    );
     let (there, refused) = move_to(&child, 1, MOVE)?;
     ensure_eq!(
         (there, refused),
@@ -141,7 +147,9 @@ fn nodes(k: &Kin) -> Res<Vec<i32>> {
 fn mbind_by_one(ctx: &Ctx) -> Res {
     two_nodes()?;
     const BIND: u64 = 2;
-    for flags in [0, MOVE, MOVE_ALL] {
+    const STRICT: u64 = 1;
+    // MPOL_MF_STRICT: what others use, and therefore stays, is no failure.
+    for flags in [0, MOVE, MOVE | STRICT, MOVE_ALL] {
         for part in [0..pages(2), GRANULE_PAGES - 9..GRANULE_PAGES + 9] {
             let mut k = Kin::new(ctx, 2)?;
             let mut child = k.child(ctx, 2)?;
@@ -162,7 +170,7 @@ fn mbind_by_one(ctx: &Ctx) -> Res {
                 let a = [one.at(part.start), len, who, flags];
                 ensure_eq!(one.peer.call(mbind, &a, &[])?.0, 0, "mbind, flags {flags}");
                 verify_all(&[&k, &child])?;
-                if flags != MOVE_ALL {
+                if flags & MOVE_ALL == 0 {
                     ensure!(nodes(&k)? == before, "mbind moved pages that others use");
                 }
             }
