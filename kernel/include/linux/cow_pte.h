@@ -7,7 +7,8 @@
  *
  *  - No sharer changes a PTE in it on its own behalf.  Who wants to makes the
  *    table its own before: cow_pte_unshare() and its kin, which may sleep and
- *    may fail with -ENOMEM.  After that, an ordinary table is there.
+ *    may fail with -ENOMEM; for a range also with -EINTR, once the task is
+ *    killed.  After that, an ordinary table is there.
  *  - Who unmaps a whole granule of one mm just leaves: cow_pte_leave().
  *  - Who changes a PTE for everybody (reclaim, migration, truncation) does it in
  *    place, under the PTE lock, and flushes all sharers: see linux/ptshare.h.
@@ -212,6 +213,17 @@ static inline int cow_pte_unshare_range(struct vm_area_struct *vma,
 	return __cow_pte_unshare_range(vma, start, end);
 }
 
+/* Make the table that @vma uses at @addr its own, whatever becomes of the task. */
+static inline int cow_pte_unshare_at(struct vm_area_struct *vma,
+				     unsigned long addr)
+{
+	unsigned long flags = BIT(MMF_ODF_BORROWS) | BIT(MMF_ODF_LENDS);
+
+	if (!ptshare_enabled() || !(READ_ONCE(vma->vm_mm->flags) & flags))
+		return 0;
+	return cow_pte_unshare(vma, addr);
+}
+
 /* A boundary of @vma moves to @addr, which may cut a granule in two. */
 static inline int cow_pte_unshare_cut(struct vm_area_struct *vma,
 				      unsigned long addr)
@@ -219,7 +231,7 @@ static inline int cow_pte_unshare_cut(struct vm_area_struct *vma,
 	if (!ptshare_enabled() || IS_ALIGNED(addr, PMD_SIZE) ||
 	    addr <= vma->vm_start || addr >= vma->vm_end)
 		return 0;
-	return cow_pte_unshare_range(vma, addr, addr + 1);
+	return cow_pte_unshare_at(vma, addr);
 }
 
 #else /* !CONFIG_COW_PTE */
@@ -311,6 +323,12 @@ static inline bool cow_pte_shared(struct vm_area_struct *vma, pmd_t *pmd,
 
 static inline int cow_pte_unshare_range(struct vm_area_struct *vma,
 					unsigned long start, unsigned long end)
+{
+	return 0;
+}
+
+static inline int cow_pte_unshare_at(struct vm_area_struct *vma,
+				     unsigned long addr)
 {
 	return 0;
 }

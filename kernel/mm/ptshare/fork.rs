@@ -145,21 +145,19 @@ pub(crate) fn unshare(vma: Vma<'_>, mm: Mm, start: u64) -> Result {
 
 /// Makes all tables its mm's own that `vma` uses in `from..to`.
 ///
-/// Sleeps. Fails as [`unshare`] does, and with `EINTR` if there are several and the task is killed
-/// meanwhile; those before are unshared then.
+/// Sleeps. Fails as [`unshare`] does, and with `EINTR` if the task is killed; those before are unshared
+/// then.
 pub(crate) fn unshare_range(vma: Vma<'_>, from: u64, to: u64) -> Result {
     let facts = vma.facts();
     let mut result = Ok(());
-    let mut first = true;
     vma.each_granule(&facts, from, to, |start| {
         // Who is killed for its memory is to give some back, and not to take a table for each of
         // many granules first while others wait for the mm's lock.
-        result = if !first && killed() {
+        result = if killed() {
             Err(EINTR)
         } else {
             unshare(vma, facts.mm, start)
         };
-        first = false;
         result.is_ok()
     });
     result

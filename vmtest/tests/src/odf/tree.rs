@@ -631,8 +631,14 @@ fn killed_child_in_the_middle_of_writes(ctx: &Ctx) -> Res {
     verify_all(&[&k, &sibling])
 }
 
-/// SIGKILL while it is about to copy very many tables: it ends without copying them all.
+/// SIGKILL while it is about to copy very many tables, of one mapping or of as many: it ends without copying
+/// them all.
 fn killed_parent_in_the_middle_of_mprotect(ctx: &Ctx) -> Res {
+    killed_in_mprotect(ctx, false)?;
+    killed_in_mprotect(ctx, true)
+}
+
+fn killed_in_mprotect(ctx: &Ctx, apart: bool) -> Res {
     const GRANULES: u64 = 512;
     let mprotect: Remote = |a, _| {
         let r = sys::syscall(libc::SYS_mprotect, &[a[0], a[1], libc::PROT_READ as u64]);
@@ -641,6 +647,12 @@ fn killed_parent_in_the_middle_of_mprotect(ctx: &Ctx) -> Res {
     for _ in 0..50 {
         let mut k = Kin::untouched(ctx, GRANULES)?;
         k.fill_every(GRANULE_PAGES, 0..pages(GRANULES))?;
+        if apart {
+            let prot = RW | libc::PROT_EXEC as u64;
+            for page in (0..GRANULES).map(pages).step_by(2) {
+                k.must(libc::SYS_mprotect, &[k.at(page), GRANULE, prot])?;
+            }
+        }
         let child = k.child(ctx, GRANULES)?;
         let before = Events::now();
         k.peer.start(mprotect, &[k.base, GRANULES * GRANULE], &[])?;
