@@ -7,8 +7,10 @@ use crate::kernel;
 use crate::oracle::pages;
 use crate::peer::Remote;
 use crate::sys::{self, ANON, GRANULE, GRANULE_PAGES, PAGE, PRIVATE, RW};
+use crate::tlb::{address, board, board_at, let_run};
 use crate::{ensure, ensure_eq, group, skip};
 use std::os::fd::AsRawFd;
+use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
 group!("odf";
@@ -205,30 +207,48 @@ const SPIN: Remote = |a, _| {
     (0, vec![])
 };
 
+/// In a peer: loads from all pages again and again until it is told to stop. Arguments: board, address, pages,
+/// CPU.
+const READ: Remote = |a, _| {
+    let b = board_at(a[0]);
+    sys::pin_to_cpu(a[3] as usize);
+    while b.stop.load(SeqCst) == 0 {
+        for n in 0..a[2] {
+            if let Err(f) = sys::load64(a[1] + n * PAGE) {
+                return (1, format!("page {n}: {f:?}").into_bytes());
+            }
+        }
+        b.done.fetch_add(1, SeqCst);
+    }
+    (0, vec![])
+};
+
 /// Parent and child read while their pages move to and fro: they wait for what is on its way, and neither
 /// needs a table of its own for that.
 fn reads_during_moves(ctx: &Ctx) -> Res {
     two_nodes()?;
+    let b = board()?;
     let k = Kin::new(ctx, 2)?;
     let child = k.child(ctx, 2)?;
     let before = (Events::now(), migrated());
-    let time = ctx.duration(2, 20);
-    for (i, one) in [&k, &child].into_iter().enumerate() {
-        let a = [one.base, pages(2), i as u64, time.as_millis() as u64, 0];
-        one.peer.start(SPIN, &a, &[])?;
+    for (cpu, one) in [(0, &k), (1, &child)] {
+        let a = [address(b), one.base, pages(2), cpu];
+        one.peer.start(READ, &a, &[])?;
     }
-    let end = Instant::now() + time;
-    let mut node = 0;
-    while Instant::now() < end {
-        node = 1 - node;
-        move_to(&k, node, MOVE_ALL)?;
+    let end = Instant::now() + ctx.duration(2, 20);
+    let mut rounds = 0;
+    while rounds < 6 || Instant::now() < end {
+        move_to(&k, rounds % 2, MOVE_ALL)?;
+        let_run(b, 2)?;
+        rounds += 1;
     }
+    b.stop.store(1, SeqCst);
     for one in [&k, &child] {
         let (r, why) = one.peer.finish()?;
         ensure_eq!(r, 0, "{}", String::from_utf8_lossy(&why));
     }
     ensure!(
-        migrated() >= before.1 + pages(2),
+        migrated() >= before.1 + 2 * pages(2),
         "pages did not move to and fro"
     );
     before.0.expect(ctx, 0, 0)?;
