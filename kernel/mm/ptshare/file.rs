@@ -4,7 +4,8 @@
 //! with the same protection.
 //!
 //! A file table is written in place by whoever faults first, and holds no anonymous page, ever. So
-//! dropping its PTEs is never visible to a program, and leaving it is always legal.
+//! leaving it loses no content: its pages come back from the page cache. Lost are marks of poisoned
+//! pages, and that a page was mapped at all.
 
 use crate::core_logic::count::{self, Leave};
 use crate::core_logic::granule::{self, Granule};
