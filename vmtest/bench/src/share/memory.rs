@@ -4,8 +4,9 @@
 use crate::figure::emit;
 use crate::sys::{self, Kind, Map, PAGE};
 use crate::{proc, progress};
-use anyhow::{Context, Result};
+use anyhow::{bail, Context, Result};
 use std::io::{Read, Write};
+use std::time::Duration;
 
 const PROCESSES: usize = 200;
 const CROWD_FILE: usize = 256 << 20;
@@ -57,10 +58,20 @@ pub fn run() -> Result<()> {
     faults()
 }
 
+/// PageTables once it no longer changes: what processes have given up is freed a grace period later.
 fn page_tables() -> Result<f64> {
-    sys::settle();
-    let [kb] = proc::meminfo(["PageTables"])?;
-    Ok(kb as f64)
+    let (mut last, mut same) = (None, 0);
+    for _ in 0..100 {
+        sys::settle();
+        let [kb] = proc::meminfo(["PageTables"])?;
+        same = if last == Some(kb) { same + 1 } else { 0 };
+        if same == 3 {
+            return Ok(kb as f64);
+        }
+        last = Some(kb);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    bail!("PageTables does not come to rest")
 }
 
 /// Page tables that `PROCESSES` processes need more than the machine did before, in kB.
