@@ -199,6 +199,14 @@ static inline bool cow_pte_may_share(struct mm_struct *dst_mm,
 	       !mm_has_notifiers(src_vma->vm_mm);
 }
 
+/* May @mm use tables that a fork left shared? */
+static inline bool cow_pte_mm(struct mm_struct *mm)
+{
+	unsigned long flags = BIT(MMF_ODF_BORROWS) | BIT(MMF_ODF_LENDS);
+
+	return ptshare_enabled() && (READ_ONCE(mm->flags) & flags);
+}
+
 /*
  * Make the tables that @vma uses in [start, end) its own.  The caller holds the
  * mmap lock, for write if nothing may be shared again meanwhile.
@@ -206,9 +214,7 @@ static inline bool cow_pte_may_share(struct mm_struct *dst_mm,
 static inline int cow_pte_unshare_range(struct vm_area_struct *vma,
 					unsigned long start, unsigned long end)
 {
-	unsigned long flags = BIT(MMF_ODF_BORROWS) | BIT(MMF_ODF_LENDS);
-
-	if (!ptshare_enabled() || !(READ_ONCE(vma->vm_mm->flags) & flags))
+	if (!cow_pte_mm(vma->vm_mm))
 		return 0;
 	return __cow_pte_unshare_range(vma, start, end);
 }
@@ -217,9 +223,7 @@ static inline int cow_pte_unshare_range(struct vm_area_struct *vma,
 static inline int cow_pte_unshare_at(struct vm_area_struct *vma,
 				     unsigned long addr)
 {
-	unsigned long flags = BIT(MMF_ODF_BORROWS) | BIT(MMF_ODF_LENDS);
-
-	if (!ptshare_enabled() || !(READ_ONCE(vma->vm_mm->flags) & flags))
+	if (!cow_pte_mm(vma->vm_mm))
 		return 0;
 	return cow_pte_unshare(vma, addr);
 }

@@ -466,7 +466,8 @@ unsafe extern "C" fn cow_pte_unshare(vma: *mut bindings::vm_area_struct, addr: c
     fork::unshare(vma, vma.facts().mm, start).map_or_else(|error| error.to_errno(), |()| 0)
 }
 
-/// Makes the tables that a mapping uses in a range its mm's own. Returns as [`cow_pte_unshare`].
+/// Makes the tables that a mapping uses in a range its mm's own. Returns as [`cow_pte_unshare`], or
+/// `-EINTR` once the task is killed.
 ///
 /// # Safety
 ///
